@@ -1,0 +1,1 @@
+"""Images in: random-access sources, the batch plan, and compiled augmentation."""

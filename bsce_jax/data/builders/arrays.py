@@ -1,0 +1,79 @@
+"""What the builders of in-memory images share: PNG records and an atomic writer."""
+
+import contextlib
+import io
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from tqdm import tqdm
+
+from bsce_jax.errors import UserError
+
+
+def png(image: np.ndarray) -> io.BytesIO:
+    """Encodes a uint8 [H, W, Ch] image (1, 3 or 4 channels) as an open PNG file.
+
+    tfds encodes arrays with TensorFlow, but stores the bytes of an open file as
+    they are: this is what makes a builder run without TensorFlow.
+    """
+    file = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+def examples(
+    split: str, images: np.ndarray, labels: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (key, example) of uint8 [N, H, W, Ch] images and their [N] labels.
+
+    The keys 0 to N-1 and the ids "train_00000" to ... are those of the stock CIFAR
+    builders: tfds orders the records on disk by a hash of the key. Shows a progress
+    bar when stderr is a terminal.
+    """
+    numbers = tqdm(range(len(images)), desc=split, unit=" images", disable=None)
+    for i in numbers:
+        values = {name: int(column[i]) for name, column in labels.items()}
+        yield i, {"id": f"{split}_{i:05d}", "image": png(images[i]), **values}
+
+
+def prepare(
+    name: str, version: str, root: pathlib.Path, make_builder: Callable[..., Any]
+) -> pathlib.Path:
+    """Writes ROOT/NAME/VERSION with a tfds builder and returns that folder.
+
+    The folder appears complete or not at all. Of several processes that prepare the
+    same data set at once the first wins and the others use its folder. Does nothing
+    where the folder exists.
+
+    Args:
+      name: the data set's name, the builder's `name`.
+      version: the builder's version.
+      root: tfds data directory; made if it is missing.
+      make_builder: called with `data_dir` and `file_format`.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    folder = root / name / version
+    if folder.is_dir():
+        return folder
+    tfds.disable_progress_bar()  # `examples` shows its own, on terminals only
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
+            builder = make_builder(data_dir=scratch, file_format="array_record")
+            with contextlib.redirect_stdout(io.StringIO()):  # tfds prints banners
+                builder.download_and_prepare()
+            folder.parent.mkdir(exist_ok=True)
+            os.rename(builder.data_dir, folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was faster
+            raise UserError(f"cannot write {name} to {folder}: {error}") from error
+    return folder

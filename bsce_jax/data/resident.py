@@ -1,0 +1,180 @@
+"""A small data set (CIFAR-100, digits) whole in memory, and choices of its images."""
+
+import io
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from bsce_jax.data import source
+from bsce_jax.errors import UserError
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's name of a number of channels
+# Pillow decodes without the interpreter lock, but around a very small image threads
+# only fight for it: two of them are slower than one at 32x32, faster from about 64x64.
+PIXELS_WORTH_A_THREAD = 64 * 64
+
+
+class Arrays(NamedTuple):
+    """One split: images uint8 [N, H, W, Ch], labels int32 [N], in the disk's order."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arrays:
+    """Reads and decodes a whole split.
+
+    Args:
+      name, split, data_dir: as in `source.open_split`.
+      image_size: height and width that the images are averaged down to (Pillow's
+        box filter); 0 keeps them as they are.
+
+    Raises:
+      UserError: the split is not there, is empty or unlabelled, its images are not
+        uint8 or differ in size, or image_size is negative or larger than they are.
+    """
+    if image_size < 0:
+        raise UserError(f"image_size: {image_size} is not allowed, 0 or more is")
+    pairs, info = source.open_encoded(name, split, data_dir)
+    if not pairs:
+        raise UserError(f"split {split!r} of {name} is empty")
+    mode = _mode(info)
+    first = _decode(pairs[0][0], mode, image_size)
+    images = np.empty((len(pairs), *first.shape), np.uint8)
+    labels = np.empty(len(pairs), np.int32)
+
+    def read(rows: range) -> int:
+        for row, pair in zip(rows, pairs.__getitems__(rows), strict=True):
+            image = _decode(pair[0], mode, image_size)
+            if image.shape != first.shape:
+                raise UserError(
+                    f"images of {name} differ in size ({first.shape[:2]} and "
+                    f"{image.shape[:2]}): set image_size"
+                )
+            images[row], labels[row] = image, pair[1]
+        return len(rows)
+
+    pixels = first.shape[0] * first.shape[1]
+    _run(read, _chunks(len(pairs)), pixels, f"{name} {split}")
+    if labels.min() < 0:
+        raise UserError(f"split {split!r} of {name} has images without a label")
+    return Arrays(images, labels)
+
+
+def _mode(info: Any) -> str:
+    """Returns Pillow's mode for the images of a data set."""
+    feature = info.features[source.feature_names(info)[0]]
+    channels = feature.shape[-1]
+    if feature.np_dtype != np.uint8 or channels not in MODES:
+        raise UserError(
+            f"images of {info.name} are {np.dtype(feature.np_dtype)} with {channels} "
+            "channels: uint8 with 1, 3 or 4 is needed"
+        )
+    return MODES[channels]
+
+
+def _chunks(count: int) -> list[range]:
+    """Cuts range(count) into pieces of `source.CHUNK`."""
+    starts = range(0, count, source.CHUNK)
+    return [range(i, min(i + source.CHUNK, count)) for i in starts]
+
+
+def _run(read: Any, chunks: Sequence[range], pixels: int, title: str) -> None:
+    """Calls read on every chunk, in threads where they pay, with a progress bar."""
+    threads = (os.cpu_count() or 1) if pixels >= PIXELS_WORTH_A_THREAD else 1
+    total = chunks[-1].stop
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=total, desc=title, unit=" images", disable=None) as bar,
+    ):
+        try:
+            for count in pool.map(read, chunks):
+                bar.update(count)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # do not read on after an error
+            raise
+
+
+def _decode(encoded: bytes, mode: str, image_size: int) -> np.ndarray:
+    """Decodes PNG or JPEG bytes to uint8 [H, W, Ch]."""
+    image: Image.Image = Image.open(io.BytesIO(encoded))
+    if image.mode != mode:
+        image = image.convert(mode)
+    if image_size and image.size != (image_size, image_size):
+        if image_size > min(image.size):
+            raise UserError(
+                f"image_size: {image_size} is not allowed for images of "
+                f"{image.height}x{image.width}, which are never enlarged"
+            )
+        image = image.resize((image_size, image_size), Image.Resampling.BOX)
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def subset(labels: np.ndarray, per_class: int) -> np.ndarray:
+    """Returns the indices of the first images of each class, ascending, int64.
+
+    Args:
+      labels: [N] int.
+      per_class: images to keep of each class, all of a class that has fewer; 0 keeps
+        every image.
+
+    Raises:
+      UserError: per_class is negative.
+    """
+    if per_class < 0:
+        raise UserError(f"per_class: {per_class} is not allowed, 0 (all) or more is")
+    if per_class == 0:
+        return np.arange(len(labels))
+    rows = _rows_by_class(labels)
+    return np.sort(np.concatenate([own[:per_class] for own in rows.values()]))
+
+
+def hold_out(
+    labels: np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Splits images in two, the same fraction of every class, at random.
+
+    A class's share depends on the seed, the class and its size, on nothing else.
+
+    Args:
+      labels: [N] int, none negative.
+      fraction: share held out, at least 0 and less than 1; rounded per class, but
+        never to none or all of a class's images unless it is 0.
+      seed: not negative.
+
+    Returns:
+      (training, validation): ascending int64 indices.
+
+    Raises:
+      UserError: fraction is out of range, or a class is too small to be split.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"validation_fraction: {fraction} is not allowed, [0, 1) is")
+    held = np.zeros(len(labels), bool)
+    if fraction:
+        for label, rows in _rows_by_class(labels).items():
+            if len(rows) < 2:
+                raise UserError(
+                    f"validation_fraction: class {label} has a single image and "
+                    "cannot be split"
+                )
+            count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+            order = np.random.default_rng([seed, label]).permutation(len(rows))
+            held[rows[order[:count]]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _rows_by_class(labels: np.ndarray) -> dict[int, np.ndarray]:
+    """Returns class -> ascending indices of its images."""
+    order = np.argsort(labels, kind="stable")
+    values, starts = np.unique(labels[order], return_index=True)
+    return {
+        int(value): rows
+        for value, rows in zip(values, np.split(order, starts[1:]), strict=True)
+    }

@@ -1,0 +1,127 @@
+"""Every field of a run's configuration, with its default and what it means.
+
+A configuration file starts from `default_config()` and changes fields; the command
+line changes them again (`--config.optim.epochs=10`). `bsce_jax.config` resolves and
+validates the outcome.
+"""
+
+from ml_collections import ConfigDict
+
+
+def default_config() -> ConfigDict:
+    """Returns every field at its default: CIFAR-100, IL-Baseline, softmax (CE)."""
+    c = ConfigDict()
+    c.name = ""  # label in reports; "" = data set, method, prior and steps
+    c.seed = 0  # initialisation, data order, augmentation and random selections
+    c.method = "il_baseline"  # the procedure; its losses are in `terms`
+    # Log-prior added to the logits in training (Jodelet et al., Eq. 3, 5 and 6):
+    # none (softmax) | balanced | weighted (fixed alpha) | meta | relaxed
+    c.prior = "none"
+    c.alpha = 1.0  # weighted: factor of the old classes' counts (Eq. 5)
+    c.epsilon = 0.0  # relaxed: weight of every old class (Eq. 6)
+    c.epsilon_unit = "count"  # count | percent of data.nominal_per_class
+    c.init_from = ""  # workdir of another run whose base step is taken over
+    c.parallel = "jit"  # jit (over a mesh of all devices) | pmap
+    c.updates_per_call = 0  # updates in one compiled call; 0 = 1 on CPU, else 50
+    c.matmul_precision = "default"  # default | high | highest (float32 on GPU: TF32)
+    c.deterministic = False  # GPU: only reproducible kernels (slower)
+    c.print_plan = False  # print what would run, per step, and stop
+    c.log_seconds = 10.0  # interval of log lines where there is no terminal
+    c.compile_cache = True  # keep compiled programs in the workdir
+    c.data = _data()
+    c.scenario = _scenario()
+    c.memory = _memory()
+    c.model = _model()
+    c.optim = _optim()
+    # Loss terms: name of a module in bsce_jax/losses -> weight and options. A weight
+    # is a number or one of config.TERM_WEIGHTS ("rho" = old classes / seen classes).
+    c.terms = ConfigDict()
+    c.meta = _meta()
+    c.evaluation = ConfigDict()
+    c.evaluation.batch_size = 500  # images a call, in evaluation and herding
+    c.checkpoint = ConfigDict()
+    c.checkpoint.minutes = 10.0  # inside a step; the end of a step always saves
+    c.checkpoint.keep = 2  # newest checkpoints kept besides the ends of steps
+    return c
+
+
+def _data() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "cifar100"  # a tfds data set prepared as array_record, or "digits"
+    c.data_dir = ""  # "" = TFDS_DATA_DIR or ~/tensorflow_datasets
+    c.train_split = "train"
+    c.test_split = "test"
+    c.image_size = 0  # images are shrunk to this size once; 0 = as they are
+    c.max_per_class = 0  # first training images of each class; 0 = all
+    c.nominal_per_class = 500  # for epsilon in percent
+    # Fraction of the training images held out; where it is not 0 the accuracies are
+    # those on the held-out images, so that nothing is tuned on the test images.
+    c.validation_fraction = 0.0
+    c.padding = 4  # zero padding of the random crop, pixels; 0 = no crop
+    c.flip = True  # random horizontal flip
+    c.brightness = 0.0  # random brightness factor in [1 - b, 1 + b]
+    c.mean = (0.5071, 0.4866, 0.4409)  # per channel, of pixels in [0, 1]
+    c.std = (0.2009, 0.1984, 0.2023)
+    return c
+
+
+def _scenario() -> ConfigDict:
+    c = ConfigDict()
+    c.subset = "all"  # classes used: all | first100 | lucir (of ImageNet's 1000)
+    # seed<N> (NumPy shuffle) | icarl | natural | labels separated by commas
+    c.class_order = "seed1993"
+    c.base_classes = 50  # classes of the base step; 0 = `steps` equal groups
+    c.steps = 5  # incremental steps after the base step (groups, without a base)
+    return c
+
+
+def _memory() -> ConfigDict:
+    c = ConfigDict()
+    c.kind = "growing"  # growing (per_class each) | fixed (budget in all) | none
+    c.per_class = 20  # growing: exemplars of a class
+    c.budget = 2000  # fixed: exemplars of all classes together
+    c.selection = "herding"  # herding | random
+    return c
+
+
+def _model() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "resnet32"  # resnet<6n+2> (CIFAR) | resnet18 | resnet34
+    c.width = 0  # channels of the first stage; 0 = as published (16 or 64)
+    c.shortcut = "B"  # A (padding) | B (1x1 convolution), CIFAR networks
+    c.final_relu = True  # ReLU after the last block's addition
+    c.stem = "7x7"  # 7x7 | 3x3, resnet18 and resnet34
+    c.head = "linear"
+    c.dtype = "float32"  # float32 | bfloat16 compute; parameters are float32
+    c.conv_chunks = 0  # batch chunks of a convolution (CPU speed); 0 = automatic
+    return c
+
+
+def _optim() -> ConfigDict:
+    c = ConfigDict()
+    c.epochs = 250
+    c.batch_size = 128  # images of all devices together
+    c.learning_rate = 0.1
+    c.momentum = 0.9
+    c.weight_decay = 2e-4  # coupled (L2), on every parameter
+    c.milestones = (100, 150, 200)  # epochs at which the rate is multiplied by decay
+    c.decay = 0.1
+    # The base step, where it differs: 0 epochs = all three as above.
+    c.base_epochs = 0
+    c.base_learning_rate = 0.0
+    c.base_milestones = ()
+    return c
+
+
+def _meta() -> ConfigDict:
+    c = ConfigDict()
+    c.every = 10  # updates from one update of alpha to the next
+    c.fraction = 0.1  # of a class's exemplars held out in B_t (at least one)
+    c.batch_size = 128  # images of a batch of B_t
+    c.inner_learning_rate = 0.0  # one-step inner SGD; 0 = the current learning rate
+    c.optimizer = "sgd"  # of alpha: sgd | adam
+    c.learning_rate = 1.0  # of alpha
+    c.minimum = 1e-3  # alpha stays in [minimum, maximum]
+    c.maximum = 10.0
+    c.batch_norm = "train"  # statistics of the pass over B_t: train | eval
+    return c

@@ -1,0 +1,77 @@
+"""Says what a run would do, without training: --config.print_plan."""
+
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from bsce_jax import experiment, training
+from bsce_jax.log_prior import EXCLUDED
+
+
+def describe(config: ConfigDict, workdir: str) -> str:
+    """A table of the steps, and time and device memory measured on a few updates.
+
+    Args:
+      config: resolved configuration.
+      workdir: of the run; only compiled programs are written there.
+
+    Raises:
+      UserError: as for the run itself.
+    """
+    run = experiment.prepare(config, workdir)
+    progress = experiment.initial(run)
+    lines = [
+        "step  classes  images  exemplars  images a class  log-prior      updates",
+        "----  -------  ------  ---------  --------------  -------------  -------",
+    ]
+    updates = 0
+    for data in experiment.planned_steps(config, run.dataset):
+        context = experiment.make_context(run, progress, data)
+        prior = np.asarray(context.log_prior)
+        prior = prior[prior > EXCLUDED]
+        counts = data.counts[: data.num_seen]
+        plan = training.make_plan(config, data)
+        updates += plan.updates
+        span = f"{prior.min():.2f}..{prior.max():.2f}"
+        many = f"{counts.min()}..{counts.max()}"
+        lines.append(
+            f"{data.step:4d}  {data.num_seen:7d}  {len(data.train):6d}  "
+            f"{data.exemplars:9d}  {many:>14}  {span:>13}  {plan.updates:7d}"
+        )
+    seconds, memory = _measure(run, progress)
+    total = updates * seconds
+    lines.append(
+        f"{updates} updates of {config.optim.batch_size} images at "
+        f"{1000 * seconds:.1f} ms: about {total / 3600:.2f} h of training on "
+        f"{run.programs.parallel.num_devices} {run.programs.parallel.platform} "
+        f"device(s); device memory {memory}"
+    )
+    return "\n".join(lines)
+
+
+def _measure(
+    run: experiment.Run, progress: experiment.Progress
+) -> tuple[float, str]:
+    """Seconds of a base update (median of five calls) and its device memory."""
+    data = experiment.planned_steps(run.config, run.dataset)[0]
+    plan = training.make_plan(run.config, data)
+    context = experiment.make_context(run, progress, data)
+    width = run.programs.updates_per_call
+    state, seconds = progress.state, []
+    for call in range(6):
+        count = min(width, plan.updates)
+        started = time.perf_counter()
+        state, metrics = training.call(
+            run.programs, state, context, run.train, plan, 0, count
+        )
+        jax.block_until_ready((state, metrics))
+        if call:
+            seconds.append((time.perf_counter() - started) / count)
+    resident = sum(x.nbytes for x in jax.tree.leaves((run.train, run.test, state)))
+    text = f"{resident / 2**20:.0f} MiB of data and state"
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        text += f", {stats['peak_bytes_in_use'] / 2**20:.0f} MiB at the peak"
+    return float(np.median(seconds)), text

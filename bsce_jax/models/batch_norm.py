@@ -1,0 +1,158 @@
+"""Batch normalisation over the valid rows of the global batch, as PyTorch counts.
+
+Two things set it apart from `flax.linen.BatchNorm`: padding rows are left out exactly,
+also on a device that holds nothing else, and the stored running variance is the
+unbiased one (factor n / (n - 1)), as in PyTorch.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class BatchNorm(nn.Module):
+    """Normalises the last axis; statistics in float32 whatever the compute type.
+
+    Attributes:
+      momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
+      epsilon: added to the variance.
+      dtype: type of the output.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        train: bool,
+        valid: jax.Array | None = None,
+        axis_name: str | None = None,
+    ) -> jax.Array:
+        """Applies the layer, and in training moves the running statistics.
+
+        Args:
+          x: activations [batch, height, width, channels].
+          train: use the batch's statistics; else the running ones.
+          valid: mask [batch], 0 for padding rows, not differentiated; None is all 1.
+            Padding rows are normalised like the others but enter no statistic.
+          axis_name: the pmap axis over which the batch is split; None where `x` is
+            the whole batch, also when jit shards it.
+
+        Returns:
+          [batch, height, width, channels] of type `dtype`. The collection
+          `batch_stats` is updated when `train` and the collection is mutable.
+        """
+        stat_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, stat_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, stat_dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)
+        if not train:
+            y = _affine(x, mean.value, _inverse(var.value, self.epsilon), scale, bias)
+            return y.astype(self.dtype)
+        if valid is None:
+            valid = jnp.ones(x.shape[0], stat_dtype)
+        count = _global_sum(valid.astype(stat_dtype).sum(), axis_name)
+        count = count * (x.shape[1] * x.shape[2])
+        weights = valid.astype(stat_dtype) / jnp.maximum(count, 1)
+        y, batch_mean, batch_var = normalise(
+            axis_name, self.epsilon, x, scale, bias, weights
+        )
+        if self.is_mutable_collection("batch_stats") and not self.is_initializing():
+            unbiased = batch_var * (count / jnp.maximum(count - 1, 1))
+            # A batch of padding alone says nothing: leave the running values alone.
+            step = (1 - self.momentum) * (count > 0).astype(stat_dtype)
+            mean.value += step * (batch_mean - mean.value)
+            var.value += step * (unbiased - var.value)
+        return y.astype(self.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def normalise(
+    axis_name: str | None,
+    epsilon: float,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    weights: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalises by the batch's own weighted mean and variance.
+
+    The hand-written derivative needs two reductions over the batch where automatic
+    differentiation of the two-pass variance needs four. It is linear in the tangents
+    and built from this very function, so reverse mode, and forward over reverse, work.
+
+    Args:
+      axis_name: pmap axis to sum over, or None.
+      epsilon: added to the variance.
+      x: [batch, height, width, channels].
+      scale: [channels].
+      bias: [channels].
+      weights: [batch], weight of each pixel of a row; weights summed over the pixels of
+        the global batch are 1 (or 0: no valid row). Constants: not differentiated.
+
+    Returns:
+      y [batch, height, width, channels], mean [channels] and biased variance
+      [channels], all of the type of `scale`.
+    """
+    x = x.astype(scale.dtype)
+    mean = _weighted_sum(x, weights, axis_name)
+    var = _weighted_sum(jnp.square(x - _wide(mean)), weights, axis_name)
+    return _affine(x, mean, _inverse(var, epsilon), scale, bias), mean, var
+
+
+@normalise.defjvp
+def _normalise_jvp(
+    axis_name: str | None,
+    epsilon: float,
+    primals: tuple[jax.Array, ...],
+    tangents: tuple[jax.Array, ...],
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    x, scale, bias, weights = primals
+    x_dot, scale_dot, bias_dot, _ = tangents
+    y, mean, var = normalise(axis_name, epsilon, x, scale, bias, weights)
+    inverse = _inverse(var, epsilon)
+    unit = (x.astype(scale.dtype) - _wide(mean)) * _wide(inverse)
+    x_dot = x_dot.astype(scale.dtype)
+    mean_dot = _weighted_sum(x_dot, weights, axis_name)
+    # half_dot is d(log standard deviation): the tangent along the normalised values.
+    half_dot = _weighted_sum(unit * x_dot, weights, axis_name) * inverse
+    x_term = (x_dot - _wide(mean_dot)) * _wide(scale * inverse)
+    y_dot = x_term + unit * _wide(scale_dot - scale * half_dot) + _wide(bias_dot)
+    var_dot = 2 * half_dot / jnp.square(inverse)
+    return (y, mean, var), (y_dot, mean_dot, var_dot)
+
+
+def _affine(
+    x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, bias: jax.Array
+) -> jax.Array:
+    """(x - mean) * scale / deviation + bias, channels last, in the type of `scale`."""
+    x = x.astype(scale.dtype)
+    return (x - _wide(mean)) * _wide(scale * inverse) + _wide(bias)
+
+
+def _inverse(var: jax.Array, epsilon: float) -> jax.Array:
+    return lax.rsqrt(var + epsilon)
+
+
+def _wide(values: jax.Array) -> jax.Array:
+    """[channels] -> [1, 1, 1, channels]."""
+    return values[None, None, None, :]
+
+
+def _weighted_sum(x: jax.Array, weights: jax.Array, axis_name: str | None) -> jax.Array:
+    """Sum over the pixels of the global batch, rows weighted: [B, H, W, C] -> [C]."""
+    # Row by row first: the mask then costs nothing, and XLA:CPU runs rows in parallel.
+    rows = x.sum(axis=(1, 2))
+    return _global_sum((rows * weights[:, None]).sum(axis=0), axis_name)
+
+
+def _global_sum(x: jax.Array, axis_name: str | None) -> jax.Array:
+    return x if axis_name is None else lax.psum(x, axis_name)

@@ -1,0 +1,117 @@
+"""What a run shows while it runs, and the telemetry of each step's record."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from bsce_jax import telemetry
+from bsce_jax.training import History, Plan
+
+
+class Monitor:
+    """Progress, TensorBoard events, timings and compile counts of one process."""
+
+    def __init__(
+        self, workdir: epath.Path, steps: int, updates: int, log_seconds: float
+    ) -> None:
+        """Starts the clocks and the compile counts.
+
+        Args:
+          workdir: event files go to its "tensorboard".
+          steps: of the whole run.
+          updates: of the whole run.
+          log_seconds: least time between two log lines, without a terminal.
+        """
+        self._workdir, self._steps, self._total = workdir, steps, updates
+        self._log_seconds = log_seconds
+        self._environment = telemetry.environment()
+        self._compiles = telemetry.compile_counter()
+        self._started = self._step_started = time.time()
+        self._first_update: float | None = None
+        self._images, self._training, self._done = 0, 0.0, 0
+        self._last_call: float | None = None
+        self._progress: telemetry.Progress | None = None
+        self._timeline: telemetry.Timeline | None = None
+
+    def start(self, update: int) -> None:
+        """Opens the display; `update` of the run is the first that this process does."""
+        self._done = update
+        self._progress = telemetry.Progress(
+            self._total, update, seconds=self._log_seconds
+        )
+        self._timeline = telemetry.Timeline(self._workdir / "tensorboard", update)
+
+    def begin_step(self) -> None:
+        """Starts the clocks of a step."""
+        self._step_started, self._images, self._training = time.time(), 0, 0.0
+        self._last_call = None
+
+    def trained(self, plan: Plan, history: History, before: int, images: int) -> None:
+        """Takes note of a finished call.
+
+        Args:
+          plan: of the step.
+          history: after the call.
+          before: updates of earlier steps.
+          images: of the call.
+        """
+        assert self._progress is not None and self._timeline is not None
+        now = time.time()
+        if self._first_update is None:
+            self._first_update = now
+        if self._last_call is not None:  # the first call compiles
+            self._images += images
+            self._training += now - self._last_call
+        self._last_call = now
+        epochs = len(history.loss)
+        where = f"step {plan.step}/{self._steps - 1}"
+        where += f", epoch {min(epochs + 1, plan.epochs)}/{plan.epochs}"
+        loss = history.loss[-1] if epochs else None
+        done = before + history.updates
+        self._progress.advance(done - self._done, images, loss, where)
+        self._done = done
+        if history.updates % plan.updates_per_epoch == 0:
+            values = {
+                "train/loss": history.loss[-1],
+                "train/accuracy": history.accuracy[-1],
+                "train/learning_rate": plan.learning_rates[epochs - 1],
+            }
+            if history.alpha:
+                values["train/alpha"] = history.alpha[-1][1]
+            self._timeline.scalars(before + history.updates, values)
+
+    def evaluated(self, step: int, update: int, result: Mapping[str, Any]) -> None:
+        """Shows a step's accuracies; `update` counts over the whole run."""
+        assert self._progress is not None and self._timeline is not None
+        names = ("top1", "top5", "top1_base", "top1_old", "top1_new")
+        found = {name: result[name] for name in names if result[name] is not None}
+        self._timeline.scalars(update, {f"test/{k}": v for k, v in found.items()})
+        self._timeline.flush()
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        self._progress.note(
+            f"step {step}/{self._steps - 1}: {result['num_seen']} classes, {shown}"
+        )
+
+    def step_telemetry(self) -> dict[str, Any]:
+        """Timings, compile counts and environment, for the step's record."""
+        now = time.time()
+        rate = self._images / self._training if self._training else None
+        first = self._first_update
+        return {
+            "seconds": now - self._step_started,
+            "images_per_second": rate,
+            "seconds_to_first_update": first and first - self._started,
+            "started": self._started,
+            "finished": now,
+            "compiles": dict(sorted(self._compiles.items())),
+            "seed_varies": "initialisation, data order, augmentation",
+            **self._environment,
+        }
+
+    def close(self) -> None:
+        """Ends the display and the event file."""
+        if self._progress is not None and self._timeline is not None:
+            self._progress.close()
+            self._timeline.close()

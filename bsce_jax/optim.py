@@ -1,0 +1,76 @@
+"""Optimisers and schedules, with PyTorch's semantics."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import optax
+
+from bsce_jax.state import PyTree
+
+
+def sgd(momentum: float, weight_decay: float) -> optax.GradientTransformation:
+    """SGD with momentum and coupled L2 as PyTorch's, without the learning rate.
+
+    g <- g + weight_decay * p; m <- momentum * m + g; the step is then -lr * m, with
+    lr given to `apply` because it is a traced value.
+    """
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay), optax.trace(decay=momentum)
+    )
+
+
+def alpha_optimizer(name: str, learning_rate: float) -> optax.GradientTransformation:
+    """The optimiser of the scalar alpha: "sgd" (Algorithm 1) or "adam"."""
+    return {"sgd": optax.sgd, "adam": optax.adam}[name](learning_rate)
+
+
+def apply(
+    params: PyTree, direction: PyTree, learning_rate: jax.Array, scale: PyTree
+) -> PyTree:
+    """params - learning_rate * scale * direction.
+
+    Args:
+      params: float parameters.
+      direction: like params, from the optimiser.
+      learning_rate: [] float32.
+      scale: like params, leaves broadcastable; 0 holds a row still, against weight
+        decay and momentum as well as against its gradient.
+    """
+    return jax.tree.map(
+        lambda p, d, s: p - learning_rate.astype(p.dtype) * s.astype(p.dtype) * d,
+        params,
+        direction,
+        scale,
+    )
+
+
+def update_scale(params: PyTree, trained: np.ndarray, head: str = "head") -> PyTree:
+    """The factor of every update: `trained` on the head's class axis, else 1.
+
+    Args:
+      params: parameters; those under `head` have the class axis last.
+      trained: [C] bool, classes whose head rows may move.
+      head: name of the head among the top-level names of params.
+
+    Returns:
+      A pytree like params whose leaves broadcast against it.
+    """
+    row = np.asarray(trained, np.float32)
+
+    def leaf(path: tuple, value: jax.Array) -> np.ndarray:
+        if path[0].key == head:
+            return row.reshape((1,) * (value.ndim - 1) + row.shape)
+        return np.ones((1,) * value.ndim, np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+def step_decay(
+    learning_rate: float, epoch: int, milestones: Sequence[int], decay: float
+) -> float:
+    """Rate in an epoch: multiplied by `decay` at each milestone reached (MultiStepLR).
+
+    A milestone e means that epochs 0 to e - 1 run at the earlier rate.
+    """
+    return learning_rate * decay ** sum(epoch >= m for m in milestones)

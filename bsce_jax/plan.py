@@ -1,0 +1,226 @@
+"""What a run will do, before it does it: data, classes of each step, exemplars."""
+
+import dataclasses
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from bsce_jax import memory, scenario
+from bsce_jax.config import digest, flatten, term_weight
+from bsce_jax.data import resident, source
+from bsce_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set in the class order of an experiment; labels are positions in it.
+
+    Attributes:
+      train_images: uint8 [N, H, W, channels].
+      train_labels: int32 [N].
+      test_images: uint8 [M, H, W, channels]; held-out training images where
+        data.validation_fraction is not 0.
+      test_labels: int32 [M].
+      class_names: C names.
+      class_order: int [C], the source's label at each position.
+      groups: positions that each step introduces, the base step's first.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: tuple[str, ...]
+    class_order: np.ndarray
+    groups: tuple[range, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Length of the class axis."""
+        return len(self.class_order)
+
+    @property
+    def images_per_class(self) -> np.ndarray:
+        """Training images of each class, int [C]."""
+        return np.bincount(self.train_labels, minlength=self.num_classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepData:
+    """The images of one step, as indices into the training images.
+
+    Attributes:
+      step: 0 is the base step.
+      num_old, num_seen: classes before the step, and with it.
+      train: int32, D_t: new images and exemplars, without the held-out ones.
+      held_out: int32, the balanced B_t of Meta; empty for every other prior.
+      counts: int [C], images of each class in `train`.
+      exemplars: how many of the old classes' images there are in `train` and
+        `held_out` together.
+    """
+
+    step: int
+    num_old: int
+    num_seen: int
+    train: np.ndarray
+    held_out: np.ndarray
+    counts: np.ndarray
+    exemplars: int
+
+
+def load(config: ConfigDict) -> Dataset:
+    """Reads the data set and puts it in class order.
+
+    Raises:
+      UserError: the data set is not there, or the scenario does not fit it.
+    """
+    data = config.data
+    names = source.class_names(data.name, data.data_dir)
+    used = np.arange(len(names))
+    if config.scenario.subset != "all":
+        used = scenario.imagenet_subset(config.scenario.subset)
+        if len(names) != 1000:
+            raise UserError(
+                f"config.scenario.subset={config.scenario.subset!r}: expected all, "
+                f"because {data.name} has {len(names)} classes, not 1000"
+            )
+    order = used[class_order(config, len(used))]
+    groups = scenario.class_groups(
+        len(order), config.scenario.base_classes, config.scenario.steps
+    )
+    position = scenario.label_positions(order, len(names))
+
+    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
+        arrays = resident.load(data.name, split, data.data_dir, data.image_size)
+        labels = position[arrays.labels]
+        keep = labels >= 0
+        if keep.all():
+            return arrays.images, labels
+        return arrays.images[keep], labels[keep]
+
+    images, labels = read(data.train_split)
+    if data.validation_fraction > 0:
+        kept, held = resident.hold_out(labels, data.validation_fraction, config.seed)
+        test = images[held], labels[held]
+        images, labels = images[kept], labels[kept]
+    else:
+        test = read(data.test_split)
+    if data.max_per_class > 0:
+        first = resident.subset(labels, data.max_per_class)
+        images, labels = images[first], labels[first]
+    dataset = Dataset(
+        images, labels, *test, tuple(names[i] for i in order), order, groups
+    )
+    _check(config, dataset)
+    return dataset
+
+
+def class_order(config: ConfigDict, num_classes: int) -> np.ndarray:
+    """The configured order; "3,1,2" is a list of labels."""
+    order = config.scenario.class_order
+    if "," in order:
+        try:
+            return scenario.class_order(num_classes, [int(x) for x in order.split(",")])
+        except ValueError as error:
+            raise UserError(f"config.scenario.class_order: {error}") from None
+    return scenario.class_order(num_classes, order)
+
+
+def _check(config: ConfigDict, dataset: Dataset) -> None:
+    channels = dataset.train_images.shape[3]
+    if len(config.data.mean) != channels:
+        raise UserError(
+            f"config.data.mean={config.data.mean!r}: expected {channels} numbers, one "
+            f"a channel of {config.data.name}"
+        )
+    images = dataset.images_per_class
+    for group in dataset.groups:
+        size = exemplars_per_class(config, group.stop)
+        for position in range(group.stop):
+            if size > images[position]:
+                raise UserError(
+                    f"config.memory: {size} exemplars a class, but class "
+                    f"{dataset.class_names[position]!r} has {images[position]} "
+                    "training images"
+                )
+    if config.prior == "meta":
+        for group in dataset.groups[:-1]:
+            size = exemplars_per_class(config, group.stop)
+            memory.held_out_per_class(size, config.meta.fraction)
+
+
+def exemplars_per_class(config: ConfigDict, num_seen: int) -> int:
+    """Exemplars of each class kept after a step with `num_seen` classes seen."""
+    m = config.memory
+    return memory.quota(m.kind, m.per_class, m.budget, num_seen)
+
+
+def empty_ranking(config: ConfigDict, dataset: Dataset) -> np.ndarray:
+    """int32 [C, M] of -1: each class's exemplars in order of choice, none yet."""
+    longest = max(exemplars_per_class(config, g.stop) for g in dataset.groups)
+    return np.full((dataset.num_classes, longest), -1, np.int32)
+
+
+def step_data(
+    config: ConfigDict, dataset: Dataset, ranking: np.ndarray, step: int
+) -> StepData:
+    """The training set of a step: its new classes' images and the exemplars.
+
+    Args:
+      config: resolved configuration.
+      dataset: the whole data set.
+      ranking: int32 [C, M], the old classes' exemplars in order of choice.
+      step: 0 is the base step.
+    """
+    group = dataset.groups[step]
+    labels = dataset.train_labels
+    train = np.flatnonzero((labels >= group.start) & (labels < group.stop))
+    train = train.astype(np.int32)
+    num_old = group.start
+    size = exemplars_per_class(config, num_old) if num_old else 0
+    stored, _ = memory.exemplars(ranking, num_old, size)
+    train = np.concatenate([train, stored.astype(np.int32)])
+    held_out = np.zeros(0, np.int32)
+    if config.prior == "meta" and num_old:
+        held = memory.held_out_per_class(size, config.meta.fraction)
+        rng = np.random.default_rng([config.seed, step, _HELD_OUT])
+        train, held_out = memory.balanced_split(train, labels[train], held, rng)
+    counts = np.bincount(labels[train], minlength=dataset.num_classes)
+    return StepData(
+        step, num_old, group.stop, train, held_out, counts, num_old * size
+    )
+
+
+_HELD_OUT = 1  # keeps this stream of random numbers apart from the epoch orders'
+
+
+def base_hash(config: ConfigDict, dataset: Dataset) -> str:
+    """Identifies all that reaches the base step: equal hashes may share one.
+
+    The class order counts as far as it decides the base classes and the head's rows;
+    the log-prior counts up to an additive constant; terms that need old classes, the
+    memory and the later steps do not count.
+    """
+    fields = flatten(config)
+    sections = ("data.", "model.")
+    names = ("seed", "matmul_precision", "optim.batch_size", "optim.momentum")
+    names += ("optim.weight_decay", "optim.decay", "optim.base_epochs")
+    names += ("optim.base_learning_rate", "optim.base_milestones")
+    skipped = ("data.data_dir", "data.nominal_per_class")
+    part = {
+        name: value
+        for name, value in fields.items()
+        if (name in names or name.startswith(sections)) and name not in skipped
+    }
+    base = dataset.groups[0].stop
+    part["class_order"] = [int(i) for i in dataset.class_order[:base]]
+    part["num_classes"] = dataset.num_classes
+    part["terms"] = {
+        name: [term_weight(name, term.weight, 0, base), term.to_dict()]
+        for name, term in config.terms.items()
+        if term_weight(name, term.weight, 0, base) != 0
+    }
+    counts = dataset.images_per_class[:base]
+    if config.prior != "none" and np.any(counts != counts[0]):
+        part["counts"] = [int(n) for n in counts]
+    return digest(part)

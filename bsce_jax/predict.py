@@ -1,0 +1,171 @@
+"""Classifies new images with a trained run: python -m bsce_jax.predict."""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
+
+from bsce_jax import checkpoint, log_prior, parallel, programs, steps
+from bsce_jax.errors import UserError
+from bsce_jax.report import results as results_file
+from bsce_jax.state import PyTree
+
+
+class Prediction(NamedTuple):
+    """Class names (N strings) and probabilities, float32 [N, classes seen]."""
+
+    names: tuple[str, ...]
+    probabilities: np.ndarray
+
+
+class Predictor(NamedTuple):
+    """A trained network as a function of images.
+
+    Attributes:
+      class_names: names of the classes seen, in the order of the probabilities.
+      image_shape: (height, width, channels) that images must have.
+      predict: uint8 [N, H, W, channels] -> Prediction.
+    """
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    predict: Callable[[np.ndarray], Prediction]
+
+    def __call__(self, images: np.ndarray) -> Prediction:
+        """Calls `predict`."""
+        return self.predict(images)
+
+
+def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
+    """Loads the network of a finished step of a run.
+
+    Args:
+      workdir: of the run.
+      step: which step; -1 is the newest finished one.
+
+    Returns:
+      A function of images that gives class names and probabilities (softmax of the
+      plain logits over the classes seen: no log-prior at test time).
+
+    Raises:
+      UserError: no such run or step, or a damaged checkpoint.
+    """
+    folder = epath.Path(workdir)
+    results = results_file.read(folder)
+    known = [record["step"] for record in results["steps"]]
+    if not -len(known) <= step < len(known):
+        raise UserError(f"step={step}: finished steps of {folder} are {known}")
+    step = known[step]
+    config = _nested(results["config"])
+    devices = parallel.create("jit", jax.local_devices()[:1])
+    model = programs.build_model(config, devices, len(results["class_names"]))
+    shape = tuple(results["image_shape"])
+    target = jax.eval_shape(lambda: programs.init_model(model, shape, 0))
+    found = _checkpoint_of(folder / "checkpoints", step)
+    network = checkpoint.restore(
+        folder / "checkpoints", found, {"state": target}, partial=True
+    ).arrays["state"]
+    num_seen = results["steps"][step]["result"]["num_seen"]
+    names = tuple(results["class_names"][:num_seen])
+    probabilities = _probabilities(config, model, network, num_seen)
+
+    def predict(images: np.ndarray) -> Prediction:
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != shape or images.ndim != 4:
+            raise UserError(
+                f"images are {images.dtype}{list(images.shape)}: expected uint8 "
+                f"[N, {', '.join(map(str, shape))}]"
+            )
+        found = np.asarray(probabilities(images))
+        best = tuple(names[i] for i in found.argmax(axis=1))
+        return Prediction(best, found)
+
+    return Predictor(names, shape, predict)
+
+
+def _probabilities(config: ConfigDict, model, network: PyTree, num_seen: int):
+    dtype = jnp.dtype(config.model.dtype)
+    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    _, test_images = steps.augmentation(0, False, 0.0, mean, std, dtype)
+    seen = np.arange(model.num_classes) < num_seen
+
+    @jax.jit
+    def probabilities(network: PyTree, images: jax.Array) -> jax.Array:
+        logits, _ = model.apply(network, test_images(images), train=False)
+        scores = logits + log_prior.uniform(seen)[None, :]
+        return jax.nn.softmax(scores, axis=-1)[:, :num_seen]
+
+    return functools.partial(probabilities, network)
+
+
+def _checkpoint_of(folder: epath.Path, step: int) -> int:
+    for number in checkpoint.numbers(folder):
+        meta = checkpoint.read_meta(folder, number)
+        if meta["step"] == step and meta["finished"]:
+            return number
+    raise UserError(f"{folder} has no checkpoint of the end of step {step}")
+
+
+def _nested(flat: dict) -> ConfigDict:
+    config = ConfigDict()
+    for name, value in flat.items():
+        *sections, field = name.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
+        section[field] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
+    """Reads an image file as uint8 [H, W, channels], resized to `shape`.
+
+    Raises:
+      UserError: it is missing or not an image.
+    """
+    height, width, channels = shape
+    try:
+        with Image.open(path) as image:
+            converted = image.convert("L" if channels == 1 else "RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"image {path!r} cannot be read: {error}") from None
+    if converted.size != (width, height):
+        converted = converted.resize((width, height), Image.Resampling.BOX)
+    return np.asarray(converted, np.uint8).reshape(shape)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints `path: class (probability)` for each image; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bsce_jax.predict", description=__doc__
+    )
+    parser.add_argument("workdir", help="folder of a run")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    parser.add_argument("--step", type=int, default=-1, help="step (default: newest)")
+    given = parser.parse_args(arguments)
+    try:
+        predictor = load(given.workdir, given.step)
+        images = [read_image(path, predictor.image_shape) for path in given.images]
+        found = predictor(np.stack(images))
+    except UserError as error:
+        print(f"bsce_jax: {error}", file=sys.stderr)
+        return 2
+    for path, name, row in zip(
+        given.images, found.names, found.probabilities, strict=True
+    ):
+        print(f"{path}: {name} ({row.max():.3f})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The compiled functions of a run, built from its configuration."""
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from bsce_jax import models, optim, parallel, steps
+from bsce_jax.models import convolution
+from bsce_jax.state import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled functions; each compiles once, at its first call.
+
+    Attributes:
+      parallel: the devices.
+      model: the network.
+      base_update, incremental_update, meta_update: see steps.make_train_update and
+        make_meta_update; the base program has neither teacher nor old classes.
+      evaluate, features: see steps.make_evaluate and make_features.
+      optimizer, alpha_optimizer: optax.
+      updates_per_call: U of the plans that the updates take.
+    """
+
+    parallel: parallel.Parallel
+    model: nn.Module
+    base_update: Callable
+    incremental_update: Callable
+    meta_update: Callable | None
+    evaluate: Callable
+    features: Callable
+    optimizer: optax.GradientTransformation
+    alpha_optimizer: optax.GradientTransformation
+    updates_per_call: int
+
+
+def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> Programs:
+    """Builds everything compiled.
+
+    Raises:
+      UserError: an unknown network or loss.
+    """
+    model = build_model(config, devices, num_classes)
+    train_images, test_images = steps.augmentation(
+        config.data.padding,
+        config.data.flip,
+        config.data.brightness,
+        tuple(config.data.mean),
+        tuple(config.data.std),
+        jnp.dtype(config.model.dtype),
+    )
+    program = steps.Program(
+        model=model,
+        terms=_terms(config, base=False),
+        optimizer=optim.sgd(config.optim.momentum, config.optim.weight_decay),
+        train_images=train_images,
+        test_images=test_images,
+        meta=_meta(config) if config.prior == "meta" else None,
+    )
+    base = dataclasses.replace(program, terms=_terms(config, base=True), meta=None)
+    compiled = functools.partial(parallel.compile_step, devices)
+    whole, rows = "replicated", "batch"
+    update_inputs = (whole, whole, whole, whole, whole, rows)
+
+    def update(function: Callable, name: str, inputs: tuple = update_inputs) -> Callable:
+        outputs = (whole, whole)
+        return compiled(
+            function, name=name, inputs=inputs, outputs=outputs, donate=(0,)
+        )
+
+    meta_update = None
+    if program.meta is not None:
+        meta_update = update(
+            steps.make_meta_update(program), "meta_update", (*update_inputs, rows)
+        )
+    return Programs(
+        parallel=devices,
+        model=model,
+        base_update=update(steps.make_train_update(base), "base_update"),
+        incremental_update=update(
+            steps.make_train_update(program), "incremental_update"
+        ),
+        meta_update=meta_update,
+        evaluate=compiled(
+            steps.make_evaluate(program),
+            name="evaluate",
+            inputs=(whole, whole, whole, whole, rows),
+            outputs=(rows, rows),
+        ),
+        features=compiled(
+            steps.make_features(program),
+            name="features",
+            inputs=(whole, whole, whole, rows),
+            outputs=(rows,),
+        ),
+        optimizer=program.optimizer,
+        alpha_optimizer=optim.alpha_optimizer(
+            config.meta.optimizer, config.meta.learning_rate
+        ),
+        updates_per_call=updates_per_call(config, devices),
+    )
+
+
+def build_model(
+    config: ConfigDict, devices: parallel.Parallel, num_classes: int
+) -> nn.Module:
+    """The configured network."""
+    m = config.model
+    chunks = m.conv_chunks or convolution.default_chunks(
+        devices.platform, devices.num_devices
+    )
+    return models.create(
+        m.name,
+        num_classes,
+        width=m.width or None,
+        shortcut=m.shortcut,
+        final_relu=m.final_relu,
+        stem=m.stem,
+        head=m.head,
+        dtype=m.dtype,
+        conv_chunks=chunks,
+    )
+
+
+def init_model(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> PyTree:
+    """Fresh {"params", "batch_stats"}, the head's rows of all classes included."""
+    images = jnp.zeros((1, *image_shape), jnp.float32)
+    initialize = jax.jit(functools.partial(model.init, train=False))
+    return initialize(jax.random.key(seed), images)
+
+
+def updates_per_call(config: ConfigDict, devices: parallel.Parallel) -> int:
+    """U: on CPU 1 (a loop around convolutions is slow there), else about 50.
+
+    With the meta prior on an accelerator it is a multiple of meta.every, because a
+    call then starts with an update of alpha.
+    """
+    updates = config.updates_per_call or (1 if devices.platform == "cpu" else 50)
+    if config.prior == "meta" and updates > 1:
+        updates = -(-updates // config.meta.every) * config.meta.every
+    return updates
+
+
+def _terms(config: ConfigDict, base: bool) -> tuple[steps.Term, ...]:
+    """The configured terms; without those that need old classes in the base step."""
+    terms = []
+    for name, term in sorted(config.terms.items()):
+        module = importlib.import_module(f"bsce_jax.losses.{name}")
+        options = {k: v for k, v in term.items() if k != "weight"}
+        if not (base and getattr(module, "NEEDS_OLD_CLASSES", False)):
+            terms.append(steps.Term(name, module.term, options))
+    return tuple(terms)
+
+
+def _meta(config: ConfigDict) -> steps.Meta:
+    meta = config.meta
+    return steps.Meta(
+        optimizer=optim.alpha_optimizer(meta.optimizer, meta.learning_rate),
+        every=meta.every,
+        inner_learning_rate=meta.inner_learning_rate,
+        minimum=meta.minimum,
+        maximum=meta.maximum,
+        batch_norm=meta.batch_norm,
+    )

@@ -1,0 +1,66 @@
+"""Tables and figures of runs: python -m bsce_jax.report WORKDIR... [--output DIR]."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from etils import epath
+
+from bsce_jax.errors import UserError
+from bsce_jax.report import results, tables
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status, 2 after a user's error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bsce_jax.report",
+        description="Prints a table of runs and draws accuracy curves, confusion "
+        "matrices and, where it was learned, alpha. Runs of one name are averaged.",
+    )
+    parser.add_argument("workdirs", metavar="WORKDIR", nargs="+", help="of a run")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of the PNG files (default: the workdir if it is one, or report)",
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the tables as Markdown"
+    )
+    options = parser.parse_args(arguments)
+    workdirs = list(dict.fromkeys(options.workdirs))
+    output = options.output or (workdirs[0] if len(workdirs) == 1 else "report")
+    try:
+        report(workdirs, output, options.markdown)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def report(
+    workdirs: Sequence[epath.PathLike], output: epath.PathLike, markdown: bool = False
+) -> None:
+    """Prints the tables of runs; writes curves.png, confusion.png and alpha.png.
+
+    Raises:
+      UserError: a workdir has no valid results, or none has a finished step, or the
+        output cannot be written.
+    """
+    runs = [results.read(workdir) for workdir in workdirs]
+    if len(runs) == 1:
+        print(tables.step_table(runs[0], markdown), end="\n\n")
+    print(tables.comparison(runs, markdown))
+    from bsce_jax.report import plots  # loads Matplotlib, which takes a second
+
+    folder = epath.Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plots.accuracy_curves(runs, folder / "curves.png")
+        plots.confusion_matrices(runs, folder / "confusion.png")
+        plots.alpha_curve(runs, folder / "alpha.png")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Plain-text and Markdown tables of results (see `bsce_jax.report.results`)."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bsce_jax.errors import UserError
+
+Results = Mapping[str, Any]
+
+_SUMMARY = {
+    "average_incremental_top1": "avg. top-1",
+    "average_incremental_top5": "avg. top-5",
+    "final_top1": "final",
+    "final_base_top1": "final base",
+    "forgetting": "forgetting",
+}
+
+
+def step_table(results: Results, markdown: bool = False) -> str:
+    """One row a step, and the average incremental accuracy of the run.
+
+    Accuracies in percent over the test images of the classes seen so far, and over
+    those of the base step's, all earlier steps' (old) and this step's classes (new);
+    memory in images, seconds of wall clock.
+    """
+    header = [
+        "step",
+        "classes",
+        "top-1",
+        "top-5",
+        "base",
+        "old",
+        "new",
+        "memory",
+        "seconds",
+    ]
+    rows = []
+    for record in results["steps"]:
+        result = record["result"]
+        rows.append(
+            [str(record["step"]), str(result["num_seen"])]
+            + [
+                _number(result[name])
+                for name in ("top1", "top5", "top1_base", "top1_old", "top1_new")
+            ]
+            + [
+                str(result["memory_images"]),
+                _number(record["telemetry"].get("seconds"), digits=1),
+            ]
+        )
+    average = results["summary"]["average_incremental_top1"]
+    top5 = results["summary"]["average_incremental_top5"]
+    last = f"average incremental accuracy: top-1 {_number(average)}"
+    if top5 is not None:
+        last += f", top-5 {_number(top5)}"
+    if results["status"] != "done":
+        last += " so far"
+    return f"{_format(header, rows, markdown)}\n\n{last}"
+
+
+def comparison(runs: Sequence[Results], markdown: bool = False) -> str:
+    """One row for all finished runs of one name: mean and deviation over the seeds.
+
+    Accuracies in percent. The deviation is the sample standard deviation, where there
+    are at least two runs. Steps are the incremental ones. A run that is not finished
+    has a row of its own.
+    """
+    header = ["run", "seeds", "steps", *_SUMMARY.values()]
+    sign = "±" if markdown else "+-"
+    rows = []
+    for label, group in groups(runs).items():
+        steps = max(0, len(group[0]["steps"]) - 1)
+        columns = [[results["summary"][name] for results in group] for name in _SUMMARY]
+        means = [_mean(column, sign) for column in columns]
+        rows.append([label, _seeds(group), str(steps), *means])
+    return _format(header, rows, markdown, left=1)
+
+
+def groups(runs: Sequence[Results]) -> dict[str, list[Results]]:
+    """Runs that differ only in the seed, by name, in the order given.
+
+    A run that is not finished stands alone, since an average over fewer steps cannot
+    be compared.
+
+    Raises:
+      UserError: runs of one name differ in their numbers of classes.
+    """
+    grouped: dict[str, list[Results]] = {}
+    for results in runs:
+        label = results["name"]
+        if results["status"] != "done":
+            label += f" (seed {seed(results)}, unfinished)"
+        group = grouped.setdefault(label, [])
+        group.append(results)
+        if classes_seen(group[0]) != classes_seen(results):
+            raise UserError(
+                f"runs named {label!r} see {classes_seen(group[0])} and "
+                f"{classes_seen(results)} classes: give them different names"
+            )
+    return grouped
+
+
+def classes_seen(results: Results) -> list[int]:
+    """Number of classes seen after each step, [steps]."""
+    return [record["result"]["num_seen"] for record in results["steps"]]
+
+
+def seed(results: Results) -> str:
+    """Seed of a run as text, "?" where its configuration has none."""
+    return str(results["config"].get("seed", "?"))
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, which is 0 for a single value."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), deviation
+
+
+def _mean(values: Sequence[float | None], sign: str) -> str:
+    present = [value for value in values if value is not None]
+    if len(present) < len(values) or not present:
+        return "-"
+    mean, deviation = mean_and_deviation(present)
+    return f"{mean:.2f} {sign} {deviation:.2f}" if len(present) > 1 else f"{mean:.2f}"
+
+
+def _seeds(group: Sequence[Results]) -> str:
+    return ",".join(sorted(map(seed, group), key=lambda text: (len(text), text)))
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _format(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    markdown: bool,
+    left: int = 0,
+) -> str:
+    """Aligns columns: the first `left` to the left, all others to the right."""
+    if markdown:
+        rule = ["---" if column < left else "---:" for column in range(len(header))]
+        cells = [
+            [cell.replace("|", "\\|") for cell in row] for row in (header, rule, *rows)
+        ]
+        return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = []
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells_of_row = [
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells_of_row).rstrip())
+    return "\n".join(lines)

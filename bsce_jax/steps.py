@@ -1,0 +1,451 @@
+"""The pure functions that get compiled: training, meta, evaluation and features."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from bsce_jax import log_prior, meta_alpha, optim
+from bsce_jax.data import augment
+from bsce_jax.losses.softmax_ce import softmax_cross_entropy
+from bsce_jax.state import (
+    Array,
+    Batch,
+    Images,
+    PyTree,
+    Rows,
+    Schedule,
+    StepContext,
+    TrainState,
+)
+
+Outputs = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A loss term: its name, function (see bsce_jax.losses) and options."""
+
+    name: str
+    function: Callable[..., tuple[Array, Array]]
+    options: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """The alpha update (Jodelet et al., Algorithm 1): see defaults.py, `meta`."""
+
+    optimizer: optax.GradientTransformation
+    every: int
+    inner_learning_rate: float
+    minimum: float
+    maximum: float
+    batch_norm: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything static of the compiled functions."""
+
+    model: nn.Module
+    terms: tuple[Term, ...]
+    optimizer: optax.GradientTransformation
+    train_images: Callable[..., Array]
+    test_images: Callable[..., Array]
+    meta: Meta | None = None
+
+
+def _total(value: Array, axis_name: str | None) -> Array:
+    """Sum over the devices."""
+    return value if axis_name is None else jax.lax.psum(value, axis_name)
+
+
+def _share(values: Array, weights: Array, axis_name: str | None) -> Array:
+    """This device's share of the global weighted mean; 0 where all weights are 0."""
+    total = _total(jnp.sum(weights), axis_name)
+    return jnp.sum(values * weights) / jnp.where(total > 0, total, 1.0)
+
+
+def _forward(
+    model: nn.Module,
+    params: PyTree,
+    batch_stats: PyTree,
+    batch: Batch,
+    train: bool,
+    axis_name: str | None,
+) -> tuple[Outputs, PyTree]:
+    """Outputs with "logits", and the new running statistics (train) or the old."""
+    variables = {"params": params, "batch_stats": batch_stats}
+    if not train:
+        logits, out = model.apply(variables, batch.images, train=False)
+        return {**out, "logits": logits}, batch_stats
+    (logits, out), changed = model.apply(
+        variables,
+        batch.images,
+        train=True,
+        valid=batch.valid,
+        axis_name=axis_name,
+        mutable=["batch_stats"],
+    )
+    return {**out, "logits": logits}, changed["batch_stats"]
+
+
+def _teacher_outputs(
+    program: Program, context: StepContext, batch: Batch
+) -> Outputs | None:
+    """The newest teacher's outputs, in evaluation mode, without gradient."""
+    if not context.teachers:
+        return None
+    teacher = context.teachers[-1]
+    out, _ = _forward(
+        program.model, teacher["params"], teacher["batch_stats"], batch, False, None
+    )
+    return jax.lax.stop_gradient(out)
+
+
+def _loss(
+    program: Program,
+    params: PyTree,
+    batch_stats: PyTree,
+    alpha: Array,
+    context: StepContext,
+    batch: Batch,
+    teacher: Outputs | None,
+    axis_name: str | None,
+) -> tuple[Array, tuple[PyTree, Array]]:
+    """This device's share of the loss; the statistics and logits beside it."""
+    student, batch_stats = _forward(
+        program.model, params, batch_stats, batch, True, axis_name
+    )
+    prior = log_prior.with_alpha(context.log_prior, context.old, alpha)
+    context = context.replace(log_prior=prior)
+    loss = jnp.zeros((), jnp.float32)
+    for term in program.terms:
+        values, weights = term.function(
+            student, teacher, batch, context, **term.options
+        )
+        loss += context.weights[term.name] * _share(values, weights, axis_name)
+    return loss, (batch_stats, student["logits"])
+
+
+def train_step(
+    program: Program,
+    state: TrainState,
+    context: StepContext,
+    batch: Batch,
+    learning_rate: Array,
+    axis_name: str | None = None,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One update of the network on one batch.
+
+    Args:
+      program: the static part.
+      state: training state.
+      context: the incremental step's constants.
+      batch: with an axis name this device's rows, else the global batch.
+      learning_rate: [] float32.
+      axis_name: name of the pmapped axis, or None.
+
+    Returns:
+      The new state, and the global "loss", "correct" and "images" ([] float32).
+    """
+    teacher = _teacher_outputs(program, context, batch)
+
+    def loss(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
+        return _loss(
+            program,
+            params,
+            state.batch_stats,
+            state.alpha,
+            context,
+            batch,
+            teacher,
+            axis_name,
+        )
+
+    (value, (batch_stats, logits)), gradient = jax.value_and_grad(loss, has_aux=True)(
+        state.params
+    )
+    gradient = _total(gradient, axis_name)
+    direction, opt_state = program.optimizer.update(
+        gradient, state.opt_state, state.params
+    )
+    params = optim.apply(state.params, direction, learning_rate, context.update_scale)
+    predicted = jnp.argmax(logits + log_prior.uniform(context.seen)[None, :], axis=-1)
+    sums = {
+        "loss": value,
+        "correct": jnp.sum(batch.valid * (predicted == batch.labels)),
+        "images": jnp.sum(batch.valid),
+    }
+    state = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state)
+    return state, _total(sums, axis_name)
+
+
+def meta_step(
+    program: Program,
+    state: TrainState,
+    context: StepContext,
+    batch: Batch,
+    held_out: Batch,
+    learning_rate: Array,
+    axis_name: str | None = None,
+) -> TrainState:
+    """One update of alpha (Jodelet et al., Algorithm 1); the network stays.
+
+    alpha <- alpha - lr_alpha d/dalpha CE(Z(theta*), Y) on a batch of B_t, with
+    theta* = theta - lr dL(theta, alpha)/dtheta on the training batch. The running
+    statistics of both passes are discarded.
+
+    Args:
+      program: with `meta`.
+      state: training state.
+      context: the incremental step's constants.
+      batch: training batch, from D_t.
+      held_out: batch of the balanced B_t.
+      learning_rate: [] float32, of the inner step unless program.meta fixes one.
+      axis_name: name of the pmapped axis, or None.
+    """
+    meta = program.meta
+    assert meta is not None
+    teacher = _teacher_outputs(program, context, batch)
+    seen = log_prior.uniform(context.seen)
+
+    def train_loss(params: PyTree, alpha: Array) -> Array:
+        return _loss(
+            program,
+            params,
+            state.batch_stats,
+            alpha,
+            context,
+            batch,
+            teacher,
+            axis_name,
+        )[0]
+
+    def validation_loss(params: PyTree) -> Array:
+        train = meta.batch_norm == "train"
+        out, _ = _forward(
+            program.model, params, state.batch_stats, held_out, train, axis_name
+        )
+        values = softmax_cross_entropy(out["logits"], held_out.labels, seen)
+        return _share(values, held_out.valid, axis_name)
+
+    gradient = meta_alpha.gradient(
+        train_loss,
+        validation_loss,
+        state.params,
+        state.alpha,
+        meta.inner_learning_rate or learning_rate,
+        axis_name=axis_name,
+    )
+    alpha, alpha_opt_state = meta_alpha.update(
+        state.alpha,
+        gradient,
+        state.alpha_opt_state,
+        meta.optimizer,
+        meta.minimum,
+        meta.maximum,
+    )
+    return state.replace(alpha=alpha, alpha_opt_state=alpha_opt_state)
+
+
+def fetch(
+    program: Program, data: Images, rows: Rows, update: Array | int, key: Array | None
+) -> Batch:
+    """Gathers the batch of one update; augmented where a random key is given."""
+    indices, valid = rows.indices[update], rows.valid[update]
+    images = data.images[indices]
+    if key is None:
+        images = program.test_images(images)
+    else:
+        images = program.train_images(images, key, rows.numbers[update])
+    return Batch(images, data.labels[indices], valid)
+
+
+def _key(schedule: Schedule, update: Array | int, purpose: int) -> Array:
+    """The random key of one update and purpose."""
+    key = jax.random.key(schedule.seed[update])
+    for number in (schedule.step, schedule.epoch, schedule.update):
+        key = jax.random.fold_in(key, number[update])
+    return jax.random.fold_in(key, purpose)
+
+
+def make_train_update(program: Program) -> Callable:
+    """Returns update(state, context, data, count, schedule, rows, axis_name).
+
+    It runs `count` consecutive updates of a plan of U, and returns the state and
+    metrics [U]. For U = 1 there is no loop: XLA:CPU runs the backward pass of a
+    convolution inside a loop some 19 times slower.
+    """
+
+    def update(
+        state: TrainState,
+        context: StepContext,
+        data: Images,
+        count: Array,
+        schedule: Schedule,
+        rows: Rows,
+        axis_name: str | None = None,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        def one(
+            u: Array | int, carry: tuple[TrainState, dict[str, Array]]
+        ) -> tuple[TrainState, dict[str, Array]]:
+            state, metrics = carry
+            batch = fetch(program, data, rows, u, _key(schedule, u, 0))
+            state, new = train_step(
+                program, state, context, batch, schedule.learning_rate[u], axis_name
+            )
+            new["alpha"] = state.alpha
+            return state, {k: metrics[k].at[u].set(new[k]) for k in metrics}
+
+        carry = (state, _no_metrics(len(rows.indices)))
+        if len(rows.indices) == 1:
+            return one(0, carry)
+        return jax.lax.fori_loop(0, count, one, carry)
+
+    return update
+
+
+def make_meta_update(program: Program) -> Callable:
+    """Returns update(state, context, data, count, schedule, rows, held_out, ...).
+
+    As make_train_update, with an update of alpha before every meta.every-th update,
+    from the first. Row g of held_out belongs to the g-th of them.
+    """
+    meta = program.meta
+    assert meta is not None
+    train_update = make_train_update(program)
+
+    def update(
+        state: TrainState,
+        context: StepContext,
+        data: Images,
+        count: Array,
+        schedule: Schedule,
+        rows: Rows,
+        held_out: Rows,
+        axis_name: str | None = None,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        def alpha_update(state: TrainState, group: Array | int) -> TrainState:
+            u = group * meta.every
+            batch = fetch(program, data, rows, u, _key(schedule, u, 0))
+            balanced = fetch(program, data, held_out, group, _key(schedule, u, 1))
+            rate = schedule.learning_rate[u]
+            return meta_step(program, state, context, batch, balanced, rate, axis_name)
+
+        if len(rows.indices) == 1:
+            state = alpha_update(state, 0)
+            return train_update(state, context, data, count, schedule, rows, axis_name)
+
+        def one(
+            u: Array, carry: tuple[TrainState, dict[str, Array]]
+        ) -> tuple[TrainState, dict[str, Array]]:
+            state, metrics = carry
+            at = lambda tree: jax.tree.map(lambda leaf: leaf[u][None], tree)  # noqa: E731
+            state, new = train_update(
+                state, context, data, count, at(schedule), at(rows), axis_name
+            )
+            return state, {k: metrics[k].at[u].set(new[k][0]) for k in metrics}
+
+        def group(
+            g: Array, carry: tuple[TrainState, dict[str, Array]]
+        ) -> tuple[TrainState, dict[str, Array]]:
+            carry = (alpha_update(carry[0], g), carry[1])
+            first = g * meta.every
+            last = jnp.minimum(first + meta.every, count)
+            return jax.lax.fori_loop(first, last, one, carry)
+
+        groups = (count + meta.every - 1) // meta.every
+        return jax.lax.fori_loop(
+            0, groups, group, (state, _no_metrics(len(rows.indices)))
+        )
+
+    return update
+
+
+def _no_metrics(updates: int) -> dict[str, Array]:
+    names = ("loss", "correct", "images", "alpha")
+    return {name: jnp.zeros((updates,), jnp.float32) for name in names}
+
+
+def make_evaluate(program: Program) -> Callable:
+    """Returns evaluate(params, batch_stats, seen, data, rows, axis_name).
+
+    It gives, for [1, B] rows, the class of the highest logit among the seen classes
+    (int32 [1, B]) and whether the label is among the five highest (bool [1, B]).
+    """
+
+    def evaluate(
+        params: PyTree,
+        batch_stats: PyTree,
+        seen: Array,
+        data: Images,
+        rows: Rows,
+        axis_name: str | None = None,
+    ) -> tuple[Array, Array]:
+        batch = fetch(program, data, rows, 0, None)
+        out, _ = _forward(program.model, params, batch_stats, batch, False, axis_name)
+        logits = out["logits"] + log_prior.uniform(seen)[None, :]
+        of_label = jnp.take_along_axis(logits, batch.labels[:, None], axis=1)
+        higher = jnp.sum(logits > of_label, axis=1)
+        predicted = jnp.argmax(logits, axis=1).astype(jnp.int32)
+        return predicted[None], (higher < 5)[None]
+
+    return evaluate
+
+
+def make_features(program: Program) -> Callable:
+    """Returns features(params, batch_stats, data, rows, axis_name) -> ([1, B, D],).
+
+    Float32 features of the test transform at the highest matmul precision: what
+    exemplars are selected from must not depend on TF32.
+    """
+
+    def features(
+        params: PyTree,
+        batch_stats: PyTree,
+        data: Images,
+        rows: Rows,
+        axis_name: str | None = None,
+    ) -> tuple[Array]:
+        batch = fetch(program, data, rows, 0, None)
+        with jax.default_matmul_precision("highest"):
+            out, _ = _forward(
+                program.model, params, batch_stats, batch, False, axis_name
+            )
+        return (out["features"][None].astype(jnp.float32),)
+
+    return features
+
+
+def augmentation(
+    padding: int,
+    flip: bool,
+    brightness: float,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: Any,
+) -> tuple[Callable[..., Array], Callable[..., Array]]:
+    """The training and the test transform, from uint8 to normalised images."""
+
+    def train_images(images: Array, key: Array, rows: Array) -> Array:
+        return augment.train_images(
+            images,
+            key,
+            rows,
+            padding=padding,
+            flip=flip,
+            brightness=brightness,
+            mean=mean,
+            std=std,
+            dtype=dtype,
+        )
+
+    def test_images(images: Array) -> Array:
+        return augment.test_images(images, mean=mean, std=std, dtype=dtype)
+
+    return train_images, test_images

@@ -1,0 +1,41 @@
+"""Strict settings for every test: 8 CPU devices, no silent rank promotion."""
+
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = os.environ.get("BSCE_JAX_SHARED", "")
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """Folder with parity/ and data/, where the machine has one."""
+    if not SHARED:
+        pytest.skip("BSCE_JAX_SHARED is not set")
+    return pathlib.Path(SHARED)
+
+
+@pytest.fixture(scope="session")
+def parity(shared: pathlib.Path) -> Callable[[str], Mapping[str, np.ndarray]]:
+    """Loads inputs and outputs of the original authors' code by file name."""
+
+    def load(name: str) -> Mapping[str, np.ndarray]:
+        with np.load(shared / "parity" / f"{name}.npz", allow_pickle=False) as file:
+            return {key: file[key] for key in file.files}
+
+    return load
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Float64 for one test."""
+    with jax.enable_x64(True):
+        yield

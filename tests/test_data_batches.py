@@ -1,0 +1,146 @@
+"""The batch plan: every image once an epoch, the same from anywhere."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bsce_jax.data import batches
+
+SIZES = st.integers(1, 40)
+plans = settings(max_examples=60, deadline=None)
+
+
+def source_rows(n: int) -> np.ndarray:
+    """Indices that are not their own positions."""
+    return 1000 + 3 * np.arange(n)
+
+
+def test_orders_are_numpys_and_read_only() -> None:
+    order = batches.epoch_order(3, 2, 7, 50)
+    expected = np.random.default_rng([3, 2, 7]).permutation(50)
+    np.testing.assert_array_equal(order, expected)
+    assert order.dtype == np.int32
+    with pytest.raises(ValueError, match="read-only"):
+        order[0] = 1
+
+
+def test_orders_differ_between_seeds_steps_and_epochs() -> None:
+    chosen = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)]
+    orders = [batches.epoch_order(*where, 30).tobytes() for where in chosen]
+    assert len(set(orders)) == len(chosen)
+
+
+def test_orders_are_the_same_in_another_process() -> None:
+    code = (
+        "from bsce_jax.data import batches;"
+        "print(batches.epoch_order(5, 1, 2, 8).tolist())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == str(batches.epoch_order(5, 1, 2, 8).tolist())
+
+
+@plans
+@given(n=SIZES, batch_size=SIZES, epoch=st.integers(0, 3), seed=st.integers(0, 9))
+def test_an_epoch_visits_every_image_once(
+    n: int, batch_size: int, epoch: int, seed: int
+) -> None:
+    per_epoch = batches.updates_per_epoch(n, batch_size)
+    assert (per_epoch - 1) * batch_size < n <= per_epoch * batch_size
+    indices = source_rows(n)
+    seen = []
+    for update in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+        found, valid = batches.rows(indices, batch_size, update, seed=seed, step=1)
+        assert found.shape == valid.shape == (batch_size,)
+        assert (found.dtype, valid.dtype) == (np.int32, np.float32)
+        count = int(valid.sum())
+        np.testing.assert_array_equal(valid, np.arange(batch_size) < count)
+        assert not found[count:].any()
+        seen.append(found[:count])
+    np.testing.assert_array_equal(np.sort(np.concatenate(seen)), indices)
+    order = batches.epoch_order(seed, 1, epoch, n)
+    np.testing.assert_array_equal(np.concatenate(seen), indices[order])
+
+
+@plans
+@given(
+    n=SIZES,
+    batch_size=SIZES,
+    start=st.integers(0, 50),
+    count=st.integers(0, 6),
+    spare=st.integers(0, 3),
+)
+def test_a_chunk_stacks_the_batches_of_its_updates(
+    n: int, batch_size: int, start: int, count: int, spare: int
+) -> None:
+    indices = source_rows(n)
+    where = {"seed": 4, "step": 2}
+    found, valid = batches.chunk(
+        indices, batch_size, start, count, count + spare, **where
+    )
+    assert found.shape == valid.shape == (count + spare, batch_size)
+    assert (found.dtype, valid.dtype) == (np.int32, np.float32)
+    for i in reversed(range(count)):  # in another order: no history
+        expected = batches.rows(indices, batch_size, start + i, **where)
+        np.testing.assert_array_equal(found[i], expected[0])
+        np.testing.assert_array_equal(valid[i], expected[1])
+    assert not found[count:].any() and not valid[count:].any()
+
+
+def test_a_chunk_never_drops_updates() -> None:
+    for count in (-1, 3):
+        with pytest.raises(ValueError, match=f"count: {count} is not allowed"):
+            batches.chunk(source_rows(9), 2, 0, count, 2, seed=0, step=0)
+
+
+@plans
+@given(n=SIZES, batch_size=SIZES, draws=st.integers(1, 6), seed=st.integers(0, 9))
+def test_cycled_rows_are_passes_one_after_another(
+    n: int, batch_size: int, draws: int, seed: int
+) -> None:
+    indices = source_rows(n)
+    where = {"seed": seed, "step": 3}
+    backwards = [
+        batches.cycled_rows(indices, batch_size, draw, **where)
+        for draw in reversed(range(draws))
+    ]
+    flat = np.concatenate(backwards[::-1])
+    assert flat.dtype == np.int32 and flat.shape == (draws * batch_size,)
+    for start in range(0, len(flat), n):
+        part = np.sort(flat[start : start + n])
+        assert np.all(np.diff(part) > 0)  # nothing twice within a pass
+        assert np.isin(part, indices).all()
+        if len(part) == n:
+            np.testing.assert_array_equal(part, indices)
+
+
+def test_passes_are_reshuffled_and_apart_from_the_training_order() -> None:
+    indices = np.arange(60)
+    passes = [
+        batches.cycled_rows(indices, 60, draw, seed=0, step=1).tobytes()
+        for draw in range(3)
+    ]
+    training = [batches.epoch_order(0, 1, epoch, 60).tobytes() for epoch in range(3)]
+    assert len(set(passes + training)) == 6
+
+
+def test_a_batch_costs_no_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = np.random.default_rng
+
+    def counted(seed: list[int]) -> np.random.Generator:
+        made.append(seed)
+        return real(seed)
+
+    batches._order.cache_clear()
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    indices = np.arange(640)
+    for update in range(20):  # two epochs of ten, with held-out draws in between
+        batches.rows(indices, 64, update, seed=0, step=0)
+        batches.cycled_rows(indices[:100], 64, update // 10, seed=0, step=0)
+    assert len(made) == 2 + 3

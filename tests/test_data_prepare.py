@@ -1,0 +1,115 @@
+"""The command that prepares a data set: downloads, checks, says what went wrong."""
+
+import hashlib
+import pathlib
+
+import datasets
+import pytest
+
+from bsce_jax.data import prepare, resident
+from bsce_jax.data.builders import cifar100
+from bsce_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("served") / "small.tar.gz"
+    return datasets.write_archive(path, datasets.cifar100_files(25))
+
+
+@pytest.fixture
+def served(archive: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """The small archive in the official one's place."""
+    content = archive.read_bytes()
+    expected = len(content), hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(cifar100, "URL", archive.as_uri())
+    monkeypatch.setattr(cifar100, "official", lambda: expected)
+    return archive
+
+
+def test_size_and_checksum_are_the_official_ones() -> None:
+    size, sha256 = cifar100.official()
+    assert size == 168_513_733
+    assert sha256.startswith("58a81ae1") and len(sha256) == 64
+
+
+def test_cifar100_is_downloaded_checked_and_prepared(
+    served: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare.main(["cifar100", "--data_dir", str(tmp_path)]) == 0
+    assert str(tmp_path / "cifar100" / "3.0.2") in capsys.readouterr().out
+    assert len(resident.load("cifar100", "train", str(tmp_path)).labels) == 25
+    assert [path.name for path in tmp_path.iterdir()] == ["cifar100"]
+
+
+def test_what_is_prepared_is_not_downloaded_again(
+    served: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepare.prepare_cifar100(str(tmp_path), str(served))
+    monkeypatch.setattr(cifar100, "URL", "file:///nowhere")
+    assert prepare.prepare_cifar100(str(tmp_path)) == folder
+
+
+def test_another_archive_passes_only_unverified(
+    archive: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    size = archive.stat().st_size
+    with pytest.raises(UserError, match=f"has {size} bytes, 168513733 are expected"):
+        prepare.prepare_cifar100(str(tmp_path), str(archive))
+    assert not (tmp_path / "cifar100").exists()
+    prepare.prepare_cifar100(str(tmp_path), str(archive), verify=False)
+    assert len(resident.load("cifar100", "test", str(tmp_path)).labels) == 25
+
+
+def test_a_download_of_the_wrong_bytes_is_refused(
+    served: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytearray(served.read_bytes())
+    content[-1] ^= 1
+    tampered = tmp_path / "tampered"
+    tampered.write_bytes(content)
+    monkeypatch.setattr(cifar100, "URL", tampered.as_uri())
+    with pytest.raises(UserError, match="has SHA-256 .* is expected"):
+        prepare.prepare_cifar100(str(tmp_path / "tfds"))
+    tampered.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=f"has {len(content) - 1} bytes"):
+        prepare.prepare_cifar100(str(tmp_path / "tfds"))
+    assert not (tmp_path / "tfds").exists()
+
+
+def test_an_endless_download_is_cut_off(tmp_path: pathlib.Path) -> None:
+    size = 3 * prepare.BLOCK
+    (tmp_path / "long").write_bytes(bytes(4 * size))
+    prepare.download((tmp_path / "long").as_uri(), tmp_path / "copy", size)
+    assert size < (tmp_path / "copy").stat().st_size <= size + prepare.BLOCK
+
+
+def test_no_network_is_one_line_and_status_2(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cifar100, "official", lambda: (1, ""))
+    monkeypatch.setattr(cifar100, "URL", (tmp_path / "absent").as_uri())
+    assert prepare.main(["cifar100", "--data_dir", str(tmp_path / "tfds")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: cannot download file:///") and "--archive" in said
+    assert said.count("\n") == 1
+
+
+def test_a_missing_archive_is_one_line_and_status_2(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = str(tmp_path / "absent.tar.gz")
+    assert prepare.main(["cifar100", "--archive", absent]) == 2
+    assert f"archive {absent} cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_digits_are_prepared(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prepare.main(["digits", "--data_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"digits is prepared in {tmp_path / 'digits' / '1.0.0'}\n"
+    assert said.err == ""  # not a terminal: no progress bar
+    assert prepare.main(["digits", "--archive", "x"]) == 2

@@ -1,0 +1,156 @@
+"""One device, pmap over 8 and jit over 8 compute the same; derivatives of a network."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from bsce_jax import models
+
+# Devices 1, 3 and 7 of 8 hold nothing but padding, others a mixture.
+VALID = np.array([1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0], np.float32)
+
+
+def setting(dtype=jnp.float32, **options):
+    module = models.create("resnet8", 5, width=4, dtype=dtype, **options)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(16, 8, 8, 3)).astype(dtype)
+    # Padding rows hold something extreme, to be noticed if it leaked.
+    images = np.where(VALID[:, None, None, None] > 0, images, 50).astype(dtype)
+    labels = rng.integers(0, 5, 16).astype(np.int32)
+    state = module.init(jax.random.key(0), jnp.asarray(images), train=False)
+    return module, state, images, labels
+
+
+def total_loss(module, params, stats, images, labels, valid, axis_name=None):
+    """This device's share of the global mean, and all the outputs."""
+    (logits, out), updated = module.apply(
+        {"params": params, "batch_stats": stats},
+        images,
+        train=True,
+        valid=valid,
+        axis_name=axis_name,
+        mutable=["batch_stats"],
+    )
+    count = valid.sum()
+    if axis_name is not None:
+        count = jax.lax.psum(count, axis_name)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
+    return -(chosen * valid).sum() / count, (logits, out, updated["batch_stats"])
+
+
+@functools.cache
+def results(where):
+    module, state, images, labels = setting()
+
+    def step(params, stats, images, labels, valid, axis_name=None):
+        grads, aux = jax.grad(functools.partial(total_loss, module), has_aux=True)(
+            params, stats, images, labels, valid, axis_name
+        )
+        if axis_name is not None:
+            grads = jax.lax.psum(grads, axis_name)
+        return grads, *aux
+
+    arguments = state["params"], state["batch_stats"], images, labels, VALID
+    if where == "one device":
+        return jax.tree.map(np.asarray, jax.jit(step)(*arguments))
+    if where == "jit":
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+        split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        placed = [jax.device_put(a, whole) for a in arguments[:2]]
+        placed += [jax.device_put(a, split) for a in arguments[2:]]
+        return jax.tree.map(np.asarray, jax.jit(step)(*placed))
+    shards = [a.reshape(8, 2, *a.shape[1:]) for a in arguments[2:]]
+    grads, logits, out, stats = jax.pmap(
+        functools.partial(step, axis_name="data"),
+        axis_name="data",
+        in_axes=(None, None, 0, 0, 0),
+    )(*arguments[:2], *shards)
+    for leaf in jax.tree.leaves((grads, stats)):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (grads, stats))
+    logits, out = jax.tree.map(
+        lambda leaf: np.asarray(leaf).reshape(16, *leaf.shape[2:]), (logits, out)
+    )
+    return first[0], logits, out, first[1]
+
+
+@pytest.mark.parametrize("where", ["jit", "pmap"])
+def test_eight_devices_compute_what_one_does(where):
+    got, want = results(where), results("one device")
+    rows = VALID > 0
+    pick = lambda tree: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
+    got, want = ((r[0], pick(r[1]), pick(r[2]), r[3]) for r in (got, want))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want
+    )
+
+
+def test_padding_rows_count_for_nothing():
+    module, state, images, labels = setting()
+    rows = VALID > 0
+    gradient = jax.jit(jax.grad(functools.partial(total_loss, module), has_aux=True))
+    short, aux = gradient(
+        state["params"],
+        state["batch_stats"],
+        images[rows],
+        labels[rows],
+        np.ones(rows.sum(), np.float32),
+    )
+    grads, logits, _, stats = results("one device")
+    for got, want in ((grads, short), (stats, aux[2]), (logits[rows], aux[0])):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            got,
+            want,
+        )
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_second_derivatives_of_a_network(x64, chunks):
+    module, state, images, labels = setting(np.float64, conv_chunks=chunks)
+    params, stats = state["params"], state["batch_stats"]
+    assert jax.tree.leaves(params)[0].dtype == jnp.float64
+    valid = jnp.asarray(VALID, jnp.float64)
+
+    def loss(params):
+        return total_loss(module, params, stats, images, labels, valid)[0]
+
+    rng = np.random.default_rng(1)
+    direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
+
+    @jax.jit
+    def forward_over_reverse(params):
+        return jax.jvp(jax.grad(loss), (params,), (direction,))[1]
+
+    @jax.jit
+    def reverse_over_reverse(params):
+        dot = lambda p: sum(  # noqa: E731
+            (a * b).sum()
+            for a, b in zip(
+                jax.tree.leaves(jax.grad(loss)(p)),
+                jax.tree.leaves(direction),
+                strict=True,
+            )
+        )
+        return jax.grad(dot)(params)
+
+    forward, reverse = forward_over_reverse(params), reverse_over_reverse(params)
+    # 1e-12 of the largest entry: both are sums over the whole batch.
+    scale = max(abs(leaf).max() for leaf in jax.tree.leaves(reverse))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12 * scale),
+        forward,
+        reverse,
+    )
+
+
+def test_training_without_mutable_statistics_discards_them():
+    module, state, images, _ = setting()
+    kept, _ = module.apply(state, images, train=True, mutable=["batch_stats"])
+    discarded = module.apply(state, images, train=True)
+    jax.tree.map(np.testing.assert_array_equal, kept, discarded)

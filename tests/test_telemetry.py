@@ -1,0 +1,366 @@
+"""Progress display, TensorBoard events, versions and compile counts."""
+
+import io
+import logging
+import os
+import pathlib
+import shutil
+import struct
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto import event_pb2
+
+from bsce_jax import telemetry
+
+# environment
+
+
+def test_environment() -> None:
+    found = telemetry.environment()
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["versions"]["numpy"] == np.__version__
+    assert sys.version.startswith(found["versions"]["python"])
+    assert set(found["versions"]) == {
+        *("bsce_jax", "jax", "jaxlib", "flax", "optax", "orbax", "numpy", "python")
+    }
+    assert found["platform"] == "cpu"
+    assert (found["devices"], found["processes"]) == (8, 1)
+    assert 1 <= found["cpus"] <= (os.cpu_count() or 1)
+
+
+def test_commit(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    tracked, untracked = tmp_path / "tracked.py", tmp_path / "untracked.py"
+    assert telemetry.commit(tracked) is None  # no checkout
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        return subprocess.run(
+            ["git", *identity, *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout.strip()
+
+    git("init", "--quiet")
+    tracked.write_text("1")
+    git("add", "tracked.py")
+    git("commit", "--quiet", "--message", "first")
+    git("tag", "v1")  # does not hide the hash
+    untracked.write_text("1")
+    head = git("rev-parse", "HEAD")
+    assert telemetry.commit(tracked) == head
+    assert telemetry.commit(untracked) is None  # installed inside someone's checkout
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a git hook
+    assert telemetry.commit(tracked) == head
+    tracked.write_text("2")
+    assert telemetry.commit(tracked) == f"{head}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert telemetry.commit(tracked) is None  # no git
+
+
+# compiles
+
+
+def test_compiles_are_counted_by_function_name() -> None:
+    def doubled_sine(x: jax.Array) -> jax.Array:
+        return 2 * jnp.sin(x)
+
+    def outer_cosine(x: jax.Array) -> jax.Array:
+        return jnp.cos(jitted(x))
+
+    jitted = jax.jit(doubled_sine)
+    counts = telemetry.compile_counter()
+    jitted(np.ones(3, np.float32))
+    assert counts["doubled_sine"] == 1
+    jitted(np.zeros(3, np.float32))
+    assert counts["doubled_sine"] == 1
+    later = telemetry.compile_counter()
+    jitted(np.ones(5, np.float32))
+    assert counts["doubled_sine"] == 2
+    assert later == {"doubled_sine": 1}
+    jax.jit(outer_cosine)(np.ones(3, np.float32))
+    assert later == {"doubled_sine": 1, "outer_cosine": 1}  # inner: the same program
+
+
+def test_a_dropped_counter_costs_nothing() -> None:
+    counts = telemetry.compile_counter()
+    del counts
+
+    @jax.jit
+    def after_the_drop(x: jax.Array) -> jax.Array:
+        return x + 1
+
+    after_the_drop(np.ones(3, np.float32))  # its listener is still registered
+
+
+CACHED = """
+import sys
+import jax, numpy as np
+from bsce_jax import telemetry
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+hits = []
+jax.monitoring.register_event_listener(
+    lambda event, **kwargs: hits.append(event) if event.endswith("cache_hits") else None
+)
+counts = telemetry.compile_counter()
+jax.jit(lambda x: 3 * x)(np.ones(3, np.float32))
+print(len(hits), dict(counts))
+"""
+
+
+def test_a_hit_in_the_persistent_cache_counts(tmp_path: pathlib.Path) -> None:
+    root = pathlib.Path(telemetry.__file__).parents[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", CACHED, str(tmp_path)],
+            env=env,
+            capture_output=True,
+            check=True,
+            text=True,
+            timeout=120,
+        ).stdout
+        for _ in range(2)
+    ]
+    assert printed == ["0 {'<lambda>': 1}\n", "1 {'<lambda>': 1}\n"]
+
+
+# TensorBoard
+
+
+def masked_crc(data: bytes) -> int:
+    crc = crc32c(data) & 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def read_events(path: pathlib.Path) -> list[Any]:
+    """Events of a file, up to a record that a killed process left torn."""
+    data, events = path.read_bytes(), []
+    while len(data) >= 12:
+        (length,) = struct.unpack("<Q", data[:8])
+        body, data = data[: 16 + length], data[16 + length :]
+        if len(body) < 16 + length:
+            break
+        assert struct.unpack("<I", body[8:12])[0] == masked_crc(body[:8])
+        assert struct.unpack("<I", body[-4:])[0] == masked_crc(body[12:-4])
+        events.append(event_pb2.Event.FromString(body[12:-4]))
+    return events
+
+
+def points(folder: pathlib.Path) -> list[tuple[int, str, float]]:
+    """What TensorBoard shows: a restart drops earlier points at or after its step."""
+    shown: list[tuple[int, str, float]] = []
+    for path in sorted(folder.iterdir()):
+        assert "tfevents" in path.name
+        events = read_events(path)
+        assert events[0].file_version == "brain.Event:2"
+        for event in events:
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = [point for point in shown if point[0] < event.step]
+            for value in event.summary.value:
+                shown.append((event.step, value.tag, value.simple_value))
+    return shown
+
+
+def test_events_can_be_read_back(tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / "made" / "events"
+    with telemetry.Timeline(folder) as timeline:
+        timeline.scalars(10, {"loss": 0.5, "images/s": 1000})
+        timeline.scalars(20, {"loss": np.float32(0.25), "alpha": jnp.float32(2)})
+    timeline.scalars(30, {"loss": 1.0})  # closed: dropped
+    assert points(folder) == [
+        (10, "loss", 0.5),
+        (10, "images/s", 1000.0),
+        (20, "loss", 0.25),
+        (20, "alpha", 2.0),
+    ]
+    assert all(event.wall_time > 1e9 for event in read_events(next(folder.iterdir())))
+
+
+def test_a_resumed_run_shows_no_point_twice(tmp_path: pathlib.Path) -> None:
+    killed = telemetry.Timeline(tmp_path)
+    for update in (10, 20, 30, 40):
+        killed.scalars(update, {"loss": 1.0})
+    killed.close()  # rather: killed, in the middle of a record
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-5])
+    with telemetry.Timeline(tmp_path, update=25) as resumed:
+        for update in (30, 40, 50):
+            resumed.scalars(update, {"loss": 2.0})
+    assert points(tmp_path) == [
+        (10, "loss", 1.0),
+        (20, "loss", 1.0),
+        (30, "loss", 2.0),
+        (40, "loss", 2.0),
+        (50, "loss", 2.0),
+    ]
+
+
+def test_flushed_events_survive_a_kill(tmp_path: pathlib.Path) -> None:
+    timeline = telemetry.Timeline(tmp_path)
+    timeline.scalars(1, {"loss": 1.0})
+    timeline.flush()
+    assert points(tmp_path) == [(1, "loss", 1.0)]  # with the file still open
+    timeline.close()
+
+
+def test_events_are_written_by_the_first_process_only(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with telemetry.Timeline(tmp_path / "events") as timeline:
+        timeline.scalars(1, {"loss": 1.0})
+        timeline.flush()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_ends_the_events_not_the_run(
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    timeline = telemetry.Timeline(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    for update in range(3):
+        timeline.scalars(update, {"loss": 1.0})
+        timeline.flush()
+    timeline.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "No space left" in caplog.text
+
+
+# progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_elsewhere_progress_is_a_log_line_now_and_then(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, logger="bsce_jax")
+    clock, stream = Clock(), io.StringIO()
+    with telemetry.Progress(
+        1000, done=100, seconds=10.0, stream=stream, clock=clock
+    ) as progress:
+        for update in range(300):
+            clock.seconds += 0.125
+            progress.advance(1, images=64, loss=1.0 / (update + 1), where="step 1/2")
+        progress.note("step 1: top-1 61.20")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [
+        "step 1/2, 180/1000 updates, 512 images/s, loss 0.0125, 1:42 left",
+        "step 1/2, 260/1000 updates, 512 images/s, loss 0.00625, 1:32 left",
+        "step 1/2, 340/1000 updates, 512 images/s, loss 0.004167, 1:22 left",
+        "step 1: top-1 61.20",
+        "step 1/2, 400/1000 updates, 512 images/s, loss 0.003333, 1:15 left",
+    ]
+    assert stream.getvalue() == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_pace_is_that_of_the_last_minute() -> None:
+    clock = Clock()
+    progress = telemetry.Progress(10**6, seconds=5.0, enabled=True, clock=clock)
+    assert progress.images_per_second == 0.0
+    for speed in (100, 1000):
+        for _ in range(120):
+            clock.seconds += 1.0
+            progress.advance(1, images=speed)
+    assert progress.images_per_second == pytest.approx(1000.0)
+    progress.close()
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    clock, stream = Clock(), Terminal()
+    with telemetry.Progress(100, done=40, stream=stream, clock=clock) as progress:
+        for _ in range(10):
+            clock.seconds += 1.0
+            progress.advance(1, images=32, loss=0.5, where="step 2/2, epoch 1/3")
+        progress.note("step 2: top-1 48.00")
+    shown = stream.getvalue()
+    assert "step 2/2, epoch 1/3  50%|" in shown
+    assert "50/100 updates, 32 images/s, loss 0.5, 0:50 left" in shown
+    assert "\rstep 2: top-1 48.00\n" in shown or "\nstep 2: top-1 48.00\n" in shown
+    assert shown.endswith("\n")
+
+
+def test_a_bar_does_not_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="bsce_jax")
+    clock = Clock()
+    with telemetry.Progress(10, stream=Terminal(), clock=clock) as progress:
+        clock.seconds += 100.0
+        progress.advance(1, images=1)
+        progress.note("note")
+    assert not caplog.records
+
+
+def test_progress_never_waits_for_a_loss(caplog: pytest.LogCaptureFixture) -> None:
+    class Loss:
+        def __init__(self, value: float, ready: bool) -> None:
+            self.value, self.ready = value, ready
+
+        def is_ready(self) -> bool:
+            return self.ready
+
+        def __float__(self) -> float:
+            assert self.ready, "waited for the device"
+            return self.value
+
+    caplog.set_level(logging.INFO, logger="bsce_jax")
+    clock = Clock()
+    with telemetry.Progress(10, seconds=1.0, clock=clock) as progress:
+        for value, ready in ((3.0, True), (2.0, True), (1.0, False)):
+            progress.advance(1, images=1, loss=Loss(value, ready))
+        clock.seconds += 1.0
+        progress.advance(1, images=1, loss=jnp.float32(0.5))
+    assert all("loss 2," in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == 2
+
+
+def test_other_processes_show_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    caplog.set_level(logging.INFO, logger="bsce_jax")
+    clock, stream = Clock(), Terminal()
+    with telemetry.Progress(10, stream=stream, clock=clock) as progress:
+        clock.seconds += 100.0
+        progress.advance(1, images=100, loss=1.0)
+        progress.note("note")
+        assert progress.images_per_second == 1.0
+    assert stream.getvalue() == "" and not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert telemetry._duration(seconds) == text
