@@ -28,6 +28,7 @@ import absl.logging
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from bsce_jax.errors import UserError
@@ -35,7 +36,6 @@ from bsce_jax.errors import UserError
 _log = logging.getLogger(__name__)
 
 _Specs = Mapping[str, Mapping[str, Any]]  # shape, dtype and sha256 by name of array
-
 _ARRAYS, _MANIFEST = "arrays", "manifest"
 _NUMBER = re.compile(r"0|[1-9]\d*")
 # Names of folders that were being written or deleted when a process died.
@@ -88,6 +88,7 @@ def save(
     if number < 0 or keep < 1:
         raise CheckpointError(f"checkpoint {number}, keep {keep}: need >= 0 and >= 1")
     directory = _absolute(directory)
+    path = directory / str(number)
     leaves = _named_leaves(jax.device_get(arrays))
     items = {_ARRAYS: _stored(leaves), _MANIFEST: _seal(number, leaves, meta)}
     primary = jax.process_index() == 0
@@ -96,16 +97,14 @@ def save(
         directory.mkdir(parents=True, exist_ok=True)
         if primary:
             _remove_leftovers(directory)
-            _make_room(directory, number)
+        _make_room(directory, number)
         with _orbax_settings():
-            ocp.save_checkpointables(directory / str(number), items)
+            ocp.save_checkpointables(path, items)
 
     def failure(reason: str) -> CheckpointError:
         if primary:
             _remove_leftovers(directory)
-        return CheckpointError(
-            f"cannot save checkpoint {number} in {directory}: {reason}"
-        )
+        return CheckpointError(f"cannot save checkpoint {path}: {reason}")
 
     _attempt(write, failure)
     if primary:
@@ -115,11 +114,8 @@ def save(
 def latest(directory: epath.PathLike, target: Any) -> Restored | None:
     """Reads the newest checkpoint that is intact; None if there is no checkpoint.
 
-    Damaged ones are reported by a warning with number, path and reason.
-
-    Args:
-      directory: the folder of all checkpoints; need not exist.
-      target: tree of arrays or `jax.ShapeDtypeStruct` with the expected structure.
+    Damaged ones are reported by a warning with path and reason. The target is a tree of
+    arrays or `jax.ShapeDtypeStruct` with the expected structure.
 
     Raises:
       CheckpointError: there are checkpoints but all are damaged, or the newest intact
@@ -128,16 +124,24 @@ def latest(directory: epath.PathLike, target: Any) -> Restored | None:
     found = numbers(directory)
     for number in reversed(found):
         try:
-            return restore(directory, number, target)
+            restored = restore(directory, number, target)
         except DamagedError as error:
             _log.warning("%s; trying the one before", error)
+            continue
+        if jax.process_count() > 1:
+            multihost_utils.assert_equal(number, "processes read other checkpoints")
+        return restored
     if found:
         raise CheckpointError(f"none of the checkpoints in {directory} is readable")
     return None
 
 
-def restore(directory: epath.PathLike, number: int, target: Any) -> Restored:
-    """Reads and verifies the checkpoint ``number``; the rest as for :func:`latest`.
+def restore(
+    directory: epath.PathLike, number: int, target: Any, *, partial: bool = False
+) -> Restored:
+    """Reads and verifies the checkpoint ``number``; ``target`` as for :func:`latest`.
+
+    With ``partial`` the target may lack leaves of the checkpoint; they are not read.
 
     Raises:
       DamagedError: it is incomplete or a checksum does not match.
@@ -146,11 +150,12 @@ def restore(directory: epath.PathLike, number: int, target: Any) -> Restored:
     path = _absolute(directory) / str(number)
     manifest = _read_manifest(path)
     expected = {name: _spec(leaf) for name, leaf in _named_leaves(target).items()}
-    _check_fit(path, manifest["arrays"], expected)
-    leaves = _read_arrays(path, manifest["arrays"])
-    arrays = jax.tree.unflatten(
-        jax.tree.structure(target), [leaves[name] for name in expected]
-    )
+    specs = manifest["arrays"]
+    if partial:
+        specs = {name: spec for name, spec in specs.items() if name in expected}
+    _check_fit(path, specs, expected)
+    leaves = _read_arrays(path, specs)
+    arrays = jax.tree.structure(target).unflatten(leaves[name] for name in expected)
     return Restored(number, arrays, manifest["meta"])
 
 
@@ -196,6 +201,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def _spec(leaf: Any) -> dict[str, Any]:
+    """Shape and dtype as JSON."""
     return {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
 
 
@@ -231,7 +237,12 @@ def _seal(number: int, leaves: dict[str, Any], meta: Mapping[str, Any]) -> dict:
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint {path.name} in {path.parent}")
-    manifest = _load(path, _MANIFEST, None)
+    # Not through Orbax, which must be called equally often by all processes.
+    try:
+        (file,) = (path / _MANIFEST).iterdir()
+        manifest = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(path, f"its JSON is unreadable: {_reason(error)}") from error
     if not isinstance(manifest, dict) or manifest.get("sha256") != _json_hash(manifest):
         raise _damaged(path, "checksum of its JSON does not match")
     if str(manifest["number"]) != path.name:
@@ -242,7 +253,17 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
 def _read_arrays(path: epath.Path, specs: _Specs) -> dict[str, np.ndarray]:
     """Arrays by name, each compared with its checksum."""
     blank = {name: np.zeros(s["shape"], s["dtype"]) for name, s in specs.items()}
-    leaves = blank | _load(path, _ARRAYS, _stored(blank))
+    context = _orbax_settings()
+    context.pytree.loading.partial_load = True
+    # Each process for itself: damage that one of them sees must not hang the rest.
+    context.multiprocessing.primary_host = jax.process_index()
+    context.multiprocessing.active_processes = {jax.process_index()}
+
+    def read() -> dict[str, np.ndarray]:
+        with context:
+            return ocp.load_checkpointables(path, {_ARRAYS: _stored(blank)})[_ARRAYS]
+
+    leaves = blank | _attempt(read, lambda reason: _damaged(path, reason))
     for name, spec in specs.items():
         if _array_hash(leaves[name]) != spec["sha256"]:
             raise _damaged(path, f"checksum of {name} does not match")
@@ -250,7 +271,6 @@ def _read_arrays(path: epath.Path, specs: _Specs) -> dict[str, np.ndarray]:
 
 
 def _check_fit(path: epath.Path, specs: _Specs, expected: _Specs) -> None:
-    """Raises CheckpointError at the first difference from the target."""
     where = f"checkpoint {path} does not fit"
     for name in sorted(specs.keys() ^ expected.keys()):
         problem = "is missing" if name in expected else "is not expected"
@@ -263,22 +283,23 @@ def _check_fit(path: epath.Path, specs: _Specs, expected: _Specs) -> None:
 
 def _make_room(directory: epath.Path, number: int) -> None:
     """Moves damaged checkpoints from ``number`` on aside; refuses intact ones."""
-    for other in reversed(numbers(directory)):
-        if other < number:
-            return
-        path = directory / str(other)
+    damaged = [other for other in numbers(directory) if other >= number]
+    for other in damaged:
         try:
+            path = directory / str(other)
             _read_arrays(path, _read_manifest(path)["arrays"])
         except DamagedError as error:
+            _log.warning("%s; renamed to %d.damaged", error, other)
+        else:
+            raise CheckpointError(f"cannot save checkpoint {number}: {path} exists")
+    if damaged:
+        multihost_utils.sync_global_devices("checkpoints verified")
+    if jax.process_index() == 0:
+        for other in damaged:
             aside = directory / f"{other}.damaged"
-            _log.warning("%s; renamed to %s", error, aside.name)
             if aside.exists():
                 aside.rmtree()
-            path.rename(aside)
-        else:
-            raise CheckpointError(
-                f"cannot save checkpoint {number} in {directory}: {other} exists"
-            )
+            (directory / str(other)).rename(aside)
 
 
 def _prune(directory: epath.Path, keep: int) -> None:
@@ -308,12 +329,12 @@ def _remove_leftovers(directory: epath.Path) -> None:
 
 
 def _orbax_settings() -> ocp.Context:
-    """JSON stays JSON (Orbax takes it for a tree of scalars), and no compression.
-
-    Compressed float32 weights are 7 % smaller and take twice as long.
-    """
+    """JSON stays JSON: Orbax would take it for a tree of scalars."""
     context = ocp.Context()
+    # Compressed float32 weights are 7 % smaller and take twice as long.
     context.array.saving.use_compression = False
+    # Or, where a folder cannot be made, threads wait for it that outlive the program.
+    context.asynchronous.create_directories_asynchronously = False
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.PyTreeHandler, checkpointable_name=_ARRAYS)
     registry.add(ocp.handlers.JsonHandler, checkpointable_name=_MANIFEST)
@@ -321,31 +342,16 @@ def _orbax_settings() -> ocp.Context:
     return context
 
 
-def _load(path: epath.Path, item: str, target: Any) -> Any:
-    """Loads one item of a checkpoint; all that can go wrong there is damage."""
-    context = _orbax_settings()
-    # Each process for itself: damage that one of them sees must not hang the rest.
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-
-    def read() -> Any:
-        with context:
-            return ocp.load_checkpointables(path, {item: target})[item]
-
-    return _attempt(read, lambda reason: _damaged(path, f"{item}: {reason}"))
-
-
 def _damaged(path: epath.Path, reason: str) -> DamagedError:
-    return DamagedError(f"checkpoint {path.name} ({path}) is damaged: {reason}")
+    return DamagedError(f"checkpoint {path} is damaged: {reason}")
 
 
 def _attempt(action: Callable[[], Any], failure: Callable[[str], Exception]) -> Any:
     """Calls Orbax; raises ``failure(reason in one line)`` for whatever goes wrong.
 
-    Every layer below (OS, TensorStore, Orbax) has its own exceptions for a full disk or
-    a damaged file. When Orbax gives up, operations in flight report to an event loop
-    that is closed, and abandoned tasks complain when they are collected: both are
-    waited for and silenced, as they say nothing new.
+    Each layer below has its own exceptions for a full disk or a damaged file. When one
+    gives up, operations in flight report to an event loop that is closed, and abandoned
+    tasks complain when they are collected: both are waited for and silenced.
     """
     hook, log = sys.unraisablehook, logging.getLogger("asyncio")
 
@@ -379,7 +385,8 @@ def _reason(error: BaseException) -> str:
             return cause.strerror
         if code := re.search(r"os_error_code='(\d+)'", str(cause)):  # TensorStore's
             return os.strerror(int(code[1]))
-        error, cause = cause, cause.__cause__ or cause.__context__
+        error, hidden = cause, cause.__suppress_context__
+        cause = cause.__cause__ or (None if hidden else cause.__context__)
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 

@@ -51,9 +51,7 @@ def describe(config: ConfigDict, workdir: str) -> str:
     return "\n".join(lines)
 
 
-def _measure(
-    run: experiment.Run, progress: experiment.Progress
-) -> tuple[float, str]:
+def _measure(run: experiment.Run, progress: experiment.Progress) -> tuple[float, str]:
     """Seconds of a base update (median of five calls) and its device memory."""
     data = experiment.planned_steps(run.config, run.dataset)[0]
     plan = training.make_plan(run.config, data)

@@ -124,8 +124,9 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
         "base_hash": planning.base_hash(config, dataset),
         "class_names": list(dataset.class_names),
         "class_order": [int(i) for i in dataset.class_order],
+        "image_shape": list(dataset.train_images.shape[1:]),
         "steps": [],
-        "summary": {},
+        "summary": results_file.summary([]),
     }
 
     def place(images: np.ndarray, labels: np.ndarray) -> Images:
@@ -216,9 +217,7 @@ def begin(run: Run, progress: Progress, step: int) -> Progress:
     )
 
 
-def make_context(
-    run: Run, progress: Progress, data: planning.StepData
-) -> StepContext:
+def make_context(run: Run, progress: Progress, data: planning.StepData) -> StepContext:
     """The step's constants on the devices.
 
     The log-prior is shifted to a maximum of 0, which changes no loss (Eq. 3 to 6
@@ -388,6 +387,7 @@ def _fingerprint(state: TrainState) -> str:
 def save(run: Run, progress: Progress, finished: bool) -> None:
     """Writes a checkpoint; after a finished step also results.json."""
     progress.finished = finished
+    run.monitor.flush()
     number = progress.before + progress.history.updates + progress.step + finished
     arrays = {
         "state": progress.state,
@@ -513,6 +513,7 @@ def finish(run: Run) -> dict[str, Any]:
 
     plots.accuracy_curves([run.results], run.workdir / "curves.png")
     plots.confusion_matrices([run.results], run.workdir / "confusion.png")
-    print(tables.step_table(run.results))
+    plots.alpha_curve([run.results], run.workdir / "alpha.png")
     run.monitor.close()
+    print(tables.step_table(run.results))
     return run.results

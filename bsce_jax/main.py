@@ -55,17 +55,16 @@ def main(argv: Sequence[str]) -> int:
     logger.handlers, logger.propagate = [handler], False
     try:
         config, workdir = parse(argv)
-        # Imported late: JAX takes seconds, a mistyped flag should not.
         from bsce_jax import startup, training
         from bsce_jax.config import flatten, resolve
 
         config = resolve(config)
         folder = startup.open_workdir(config, workdir)
         startup.configure_jax(config, folder)
-        from bsce_jax import experiment
+        from bsce_jax import dry_run, experiment  # after JAX is configured
 
         if config.print_plan:
-            experiment.print_plan(config)
+            print(dry_run.describe(config, folder))
             return 0
         lines = [f"  {name} = {value!r}" for name, value in flatten(config).items()]
         logger.info("workdir %s, configuration:\n%s", folder, "\n".join(lines))

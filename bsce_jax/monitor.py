@@ -88,11 +88,15 @@ class Monitor:
         names = ("top1", "top5", "top1_base", "top1_old", "top1_new")
         found = {name: result[name] for name in names if result[name] is not None}
         self._timeline.scalars(update, {f"test/{k}": v for k, v in found.items()})
-        self._timeline.flush()
         shown = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
         self._progress.note(
             f"step {step}/{self._steps - 1}: {result['num_seen']} classes, {shown}"
         )
+
+    def flush(self) -> None:
+        """Puts the events so far on the disk, before the checkpoint they belong to."""
+        if self._timeline is not None:
+            self._timeline.flush()
 
     def step_telemetry(self) -> dict[str, Any]:
         """Timings, compile counts and environment, for the step's record."""

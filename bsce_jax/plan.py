@@ -186,9 +186,7 @@ def step_data(
         rng = np.random.default_rng([config.seed, step, _HELD_OUT])
         train, held_out = memory.balanced_split(train, labels[train], held, rng)
     counts = np.bincount(labels[train], minlength=dataset.num_classes)
-    return StepData(
-        step, num_old, group.stop, train, held_out, counts, num_old * size
-    )
+    return StepData(step, num_old, group.stop, train, held_out, counts, num_old * size)
 
 
 _HELD_OUT = 1  # keeps this stream of random numbers apart from the epoch orders'

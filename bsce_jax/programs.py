@@ -70,7 +70,9 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
     whole, rows = "replicated", "batch"
     update_inputs = (whole, whole, whole, whole, whole, rows)
 
-    def update(function: Callable, name: str, inputs: tuple = update_inputs) -> Callable:
+    def update(
+        function: Callable, name: str, inputs: tuple = update_inputs
+    ) -> Callable:
         outputs = (whole, whole)
         return compiled(
             function, name=name, inputs=inputs, outputs=outputs, donate=(0,)
@@ -133,7 +135,13 @@ def build_model(
 def init_model(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> PyTree:
     """Fresh {"params", "batch_stats"}, the head's rows of all classes included."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
-    initialize = jax.jit(functools.partial(model.init, train=False))
+    # Dozens of random generators that run once: on CPU LLVM's optimiser would take
+    # several times as long as everything else here.
+    fast = {"xla_backend_optimization_level": 0}
+    initialize = jax.jit(
+        functools.partial(model.init, train=False),
+        compiler_options=fast if jax.default_backend() == "cpu" else None,
+    )
     return initialize(jax.random.key(seed), images)
 
 

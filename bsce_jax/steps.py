@@ -300,9 +300,12 @@ def make_train_update(program: Program) -> Callable:
                 program, state, context, batch, schedule.learning_rate[u], axis_name
             )
             new["alpha"] = state.alpha
-            return state, {k: metrics[k].at[u].set(new[k]) for k in metrics}
+            return state, {
+                k: metrics[k].at[u].set(new[k].astype(metrics[k].dtype))
+                for k in metrics
+            }
 
-        carry = (state, _no_metrics(len(rows.indices)))
+        carry = (state, _no_metrics(len(rows.indices), state))
         if len(rows.indices) == 1:
             return one(0, carry)
         return jax.lax.fori_loop(0, count, one, carry)
@@ -361,15 +364,15 @@ def make_meta_update(program: Program) -> Callable:
 
         groups = (count + meta.every - 1) // meta.every
         return jax.lax.fori_loop(
-            0, groups, group, (state, _no_metrics(len(rows.indices)))
+            0, groups, group, (state, _no_metrics(len(rows.indices), state))
         )
 
     return update
 
 
-def _no_metrics(updates: int) -> dict[str, Array]:
+def _no_metrics(updates: int, state: TrainState) -> dict[str, Array]:
     names = ("loss", "correct", "images", "alpha")
-    return {name: jnp.zeros((updates,), jnp.float32) for name in names}
+    return {name: jnp.zeros((updates,), state.alpha.dtype) for name in names}
 
 
 def make_evaluate(program: Program) -> Callable:

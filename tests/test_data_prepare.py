@@ -3,12 +3,12 @@
 import hashlib
 import pathlib
 
-import datasets
 import pytest
 
 from bsce_jax.data import prepare, resident
 from bsce_jax.data.builders import cifar100
 from bsce_jax.errors import UserError
+from tests import datasets
 
 
 @pytest.fixture(scope="module")

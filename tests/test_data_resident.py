@@ -4,7 +4,6 @@ import hashlib
 import io
 import pathlib
 
-import datasets
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -14,6 +13,7 @@ from PIL import Image
 
 from bsce_jax.data import prepare, resident, source
 from bsce_jax.errors import UserError
+from tests import datasets
 
 
 def random_images(count: int, *shape: int) -> list[np.ndarray]:

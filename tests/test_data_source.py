@@ -1,5 +1,6 @@
 """Sources: what is found on disk, and what is said where it is not."""
 
+import importlib.abc
 import json
 import pathlib
 import pickle
@@ -8,13 +9,13 @@ import subprocess
 import sys
 import time
 
-import datasets
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
 from bsce_jax.data import source
 from bsce_jax.errors import UserError
+from tests import datasets
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +25,24 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+class NoTensorFlow(importlib.abc.MetaPathFinder):
+    """Refuses to import TensorFlow, installed or not."""
+
+    def find_spec(self, name: str, *rest: object) -> None:
+        assert name.partition(".")[0] != "tensorflow", "TensorFlow was asked for"
+
+
 @pytest.fixture
 def isolated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No network, and `import tensorflow` fails."""
+    """Neither network nor TensorFlow."""
 
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("the network was asked for")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.setattr(sys, "meta_path", [NoTensorFlow(), *sys.meta_path])
+    assert "tensorflow" not in sys.modules
 
 
 def small(data_dir: pathlib.Path, version: str = "1.0.0", value: int = 0) -> None:

@@ -79,7 +79,7 @@ def test_smaller_budget_keeps_the_prefix(seed: int, k: int) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 10_000), st.integers(1, 30))
+@given(st.integers(0, 10_000), st.sampled_from([1, 7, 30]))
 def test_padding_changes_nothing(seed: int, images: int) -> None:
     """Wherever the padding lies and whatever it holds."""
     features = features_of(seed, images).astype(np.float32)
@@ -104,6 +104,14 @@ def test_equal_images_tie_to_the_first() -> None:
         assert len(set(chosen.tolist())) == 40
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_class_of_one_image_repeated(seed: int) -> None:
+    """61 copies: every score is equal, so the order is that of the rows."""
+    image = np.random.default_rng(seed).normal(size=(1, 64)).astype(np.float32)
+    chosen = memory.herd(np.tile(image, (61, 1)), 5)
+    np.testing.assert_array_equal(chosen, np.arange(5))
+
+
 @pytest.mark.parametrize(
     "features",
     [
@@ -117,6 +125,28 @@ def test_repeated_picks_are_completed(features: np.ndarray, x64: None) -> None:
     chosen = memory.herd(features, 5).tolist()
     assert chosen == classical_herding(features, 5)
     assert sorted(chosen) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (
+            [-1.4, 0.2, 1.5, 2.4, 0.2, 0.8, -0.9, -1.3, 0.2, -0.5, -1.7, 0.2],
+            [0, 1, 3, 2, 4, 5],
+        ),
+        (
+            [-1.4, -1.5, -0.1, -1.2, -0.5, -2.3, 0.6, -0.7, 0.4, -0.4, -1.1, -1.5],
+            [1, 3, 0, 5, 2, 4],
+        ),
+    ],
+)
+def test_the_classical_loop_ends_after_1000_picks(
+    features: list[float], expected: list[int], x64: None
+) -> None:
+    """Classes of 6 images whose last two places depend on the very number of picks."""
+    points = np.reshape(features, (6, 2))
+    assert memory.herd(points, 6).tolist() == expected
+    assert classical_herding(points, 6) == expected
 
 
 def test_herding_does_not_see_scale() -> None:

@@ -52,16 +52,16 @@ def random_crop(images: jax.Array, keys: jax.Array, padding: int) -> jax.Array:
 
     def crop(image: jax.Array, key: jax.Array) -> jax.Array:
         # randint would compile three random generators where this compiles one.
-        shift = jax.random.uniform(key, (2,)) * (2 * padding + 1)
+        shift = jax.random.uniform(key, (2,), jnp.float32) * (2 * padding + 1)
         top, left = shift.astype(jnp.int32)
-        return jax.lax.dynamic_slice(image, (top, left, 0), images.shape[1:])
+        return jax.lax.dynamic_slice(image, (top, left, jnp.int32(0)), images.shape[1:])
 
     return jax.vmap(crop)(jnp.pad(images, border), keys)
 
 
 def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
     """Mirrors each image left to right with probability 1/2: [B, H, W, Ch]."""
-    flip = jax.vmap(jax.random.bernoulli)(keys)
+    flip = jax.vmap(lambda key: jax.random.bernoulli(key, jnp.float32(0.5)))(keys)
     return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
 
 
@@ -80,8 +80,9 @@ def random_brightness(images: jax.Array, keys: jax.Array, amount: float) -> jax.
       uint8 [B, H, W, Ch].
     """
     low, high = max(0.0, 1.0 - amount), 1.0 + amount
-    factor = jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))
-    scaled = images.astype(jnp.float32) * factor(keys)[:, None, None, None]
+    draw = functools.partial(jax.random.uniform, minval=low, maxval=high)
+    factor = jax.vmap(lambda key: draw(key, (), jnp.float32))(keys)
+    scaled = images.astype(jnp.float32) * factor[:, None, None, None]
     return jnp.minimum(scaled, 255.0).astype(jnp.uint8)
 
 
@@ -108,9 +109,11 @@ def normalize(
             f"mean {tuple(mean)} and std {tuple(std)} need {channels} numbers each, "
             "one a channel"
         )
-    shape = (1, 1, 1, channels)
-    centred = images.astype(jnp.float32) / 255 - jnp.asarray(mean).reshape(shape)
-    return (centred / jnp.asarray(std).reshape(shape)).astype(dtype)
+    centre, scale = (
+        jnp.asarray(numbers, jnp.float32).reshape(1, 1, 1, channels)
+        for numbers in (mean, std)
+    )
+    return ((images.astype(jnp.float32) / 255 - centre) / scale).astype(dtype)
 
 
 def train_images(

@@ -307,6 +307,7 @@ _FIELDS: dict[str, _Kind] = {
     "base_hash": _TEXT,
     "class_names": ("a list of texts", _list_of(_is_text)),
     "class_order": _COUNTS,
+    "image_shape": ("three counts", _list_of(_is_count)),
     "steps": ("a list of records", _list_of(_is_object)),
     "summary": _OBJECT,
 }

@@ -1,0 +1,105 @@
+"""Real runs in processes of their own, on small data sets made here."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+
+from tests import datasets
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+CONFIG = """
+from bsce_jax.config import method_module
+from bsce_jax.defaults import default_config
+
+def get_config():
+    c = default_config()
+    method_module({method_file!r}, "il_baseline").configure(c, "digits")
+    c.data.name, c.data.data_dir = "blobs", {data_dir!r}
+    c.data.mean, c.data.std, c.data.padding, c.data.flip = (0.5,), (0.5,), 1, False
+    c.scenario.class_order = "seed1993"
+    c.scenario.base_classes, c.scenario.steps = {base}, {steps}
+    c.memory.per_class = 3
+    c.model.width = 4
+    c.model.conv_chunks = 1
+    c.optim.epochs, c.optim.batch_size, c.optim.milestones = {epochs}, 16, (1,)
+    c.optim.base_epochs = 2
+    c.meta.every, c.meta.batch_size = 2, 8
+    c.evaluation.batch_size = 64
+    return c
+"""
+
+
+def blobs(folder: pathlib.Path, classes: int, train: int = 8, test: int = 4) -> None:
+    """Prepares a data set "blobs": each class a pattern of 8x8 pixels with noise."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, (classes, 8, 8, 1))
+
+    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.repeat(np.arange(classes), count)
+        noise = rng.normal(0, 40, (len(labels), 8, 8, 1))
+        return np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8), labels
+
+    datasets.write(folder, "blobs", {"train": split(train), "test": split(test)})
+
+
+def config_file(
+    folder: pathlib.Path, *, classes: int, base: int, steps: int, epochs: int = 1
+) -> pathlib.Path:
+    """Prepares the data and writes a configuration file for it."""
+    blobs(folder / "data", classes)
+    path = folder / "config.py"
+    path.write_text(
+        CONFIG.format(
+            method_file=str(ROOT / "configs" / "x.py"),
+            data_dir=str(folder / "data"),
+            base=base,
+            steps=steps,
+            epochs=epochs,
+        )
+    )
+    return path
+
+
+def command(config: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "bsce_jax.main",
+        f"--config={config}",
+        f"--workdir={workdir}",
+        *overrides,
+    ]
+
+
+def environment(devices: int = 1) -> dict[str, str]:
+    known = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
+    return {**known, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+
+
+def run(
+    config: pathlib.Path,
+    workdir: pathlib.Path,
+    *overrides: str,
+    status: int = 0,
+    devices: int = 1,
+) -> subprocess.CompletedProcess:
+    """Runs to the end and checks the exit status."""
+    done = subprocess.run(
+        command(config, workdir, *overrides),
+        cwd=ROOT,
+        env=environment(devices),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def results(workdir: pathlib.Path) -> dict:
+    return json.loads((workdir / "results.json").read_text())

@@ -1,0 +1,528 @@
+import json
+import logging
+import os
+import pathlib
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bsce_jax import checkpoint
+from bsce_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@flax.struct.dataclass
+class State:
+    params: Any
+    opt_state: Any
+    alpha: jax.Array
+    memory: np.ndarray
+    name: str = flax.struct.field(pytree_node=False, default="run")
+
+
+def make_state(seed: int, num_kept: int = 0) -> State:
+    """Every kind of leaf a run has; some arrays big enough for a file of their own."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "conv": {"kernel": jnp.asarray(rng.standard_normal((3, 3, 16, 32)), "float32")},
+        "head": (jnp.asarray(rng.standard_normal((32, 100)), jnp.bfloat16),),
+    }
+    return State(
+        params=params,
+        opt_state=optax.sgd(optax.cosine_decay_schedule(0.1, 9), 0.9).init(params),
+        alpha=jnp.float32(seed),
+        memory=np.arange(num_kept, dtype=np.int32).reshape(num_kept, 1),
+    )
+
+
+def small(value: float) -> dict[str, np.ndarray]:
+    return {"w": np.full(700, value, np.float32), "n": np.int32(value).reshape(())}
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Same structure, and leaves that are NumPy arrays with the same bits."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for have, want in zip(
+        jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True
+    ):
+        want = np.asarray(want)
+        assert type(have) is np.ndarray
+        assert (have.dtype, have.shape) == (want.dtype, want.shape)
+        assert have.tobytes() == want.tobytes()
+
+
+def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip_bit(path: pathlib.Path, position: int) -> None:
+    """Inverts bit ``position`` of a file."""
+    data = bytearray(path.read_bytes())
+    data[position // 8] ^= 1 << position % 8
+    path.write_bytes(data)
+
+
+def biggest_file(folder: pathlib.Path) -> pathlib.Path:
+    return max(files_of(folder), key=lambda path: path.stat().st_size)
+
+
+# --- Round trips
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_round_trip_keeps_bits_structure_and_meta(
+    tmp_path: pathlib.Path, abstract: bool
+) -> None:
+    state = make_state(3, num_kept=5)
+    meta = {"step": 1, "accuracy": [0.1, 1e-300, 1 / 3, None], "best": {"1": True}}
+    checkpoint.save(tmp_path, 7, state, meta)
+
+    target = make_state(0, num_kept=5)
+    restored = checkpoint.latest(
+        tmp_path, jax.eval_shape(lambda: target) if abstract else target
+    )
+
+    assert restored is not None and restored.number == 7
+    assert restored.meta == meta == checkpoint.read_meta(tmp_path, 7)
+    assert type(restored.arrays) is State
+    assert type(restored.arrays.opt_state[1]) is type(state.opt_state[1])
+    assert_same(restored.arrays, state)
+
+
+def test_every_bit_pattern_survives(tmp_path: pathlib.Path) -> None:
+    nans = np.array([0x7FC00001, 0xFF800001, 0x7F800000, 0x80000000, 1], np.uint32)
+    tree = {
+        "float32": nans.view(np.float32),
+        "bfloat16": np.arange(65536, dtype=np.uint16).view(jnp.bfloat16),
+        "bool": np.array([[True], [False]]),
+        "uint32": np.array(2**32 - 1, np.uint32),
+        "int32": np.array(-(2**31), np.int32),
+        "uint8": np.arange(256, dtype=np.uint8),
+        "strided": np.arange(24, dtype=np.float32).reshape(4, 6)[::2, ::-1].T,
+        "empty": np.zeros((0, 3), np.int32),
+        "none": None,
+        "key": np.asarray(jax.random.key_data(jax.random.key(5))),
+    }
+    checkpoint.save(tmp_path, 0, tree, {})
+    assert_same(checkpoint.restore(tmp_path, 0, tree).arrays, tree)
+
+
+def test_float64_survives(tmp_path: pathlib.Path, x64: None) -> None:
+    tree = {"x": jnp.linspace(0, 1, 7, dtype=jnp.float64)}
+    checkpoint.save(tmp_path, 0, tree, {})
+    assert_same(checkpoint.restore(tmp_path, 0, tree).arrays, tree)
+
+
+@pytest.mark.parametrize("tree", [{}, {"memory": np.zeros((0,), np.int32)}])
+def test_trees_without_elements(tmp_path: pathlib.Path, tree: dict) -> None:
+    checkpoint.save(tmp_path, 0, tree, {"a": 1})
+    assert_same(checkpoint.restore(tmp_path, 0, tree).arrays, tree)
+
+
+def test_replicated_arrays_of_a_mesh(tmp_path: pathlib.Path) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    tree = {"x": jax.device_put(np.arange(3000.0, dtype=np.float32), everywhere)}
+    checkpoint.save(tmp_path, 0, tree, {})
+    assert_same(checkpoint.restore(tmp_path, 0, tree).arrays, tree)
+
+
+def test_relative_directory(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    checkpoint.save("a/b", 0, small(1), {})
+    assert checkpoint.numbers("a/b") == [0]
+    assert_same(checkpoint.restore("a/b", 0, small(0)).arrays, small(1))
+
+
+def test_no_checkpoints(tmp_path: pathlib.Path) -> None:
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert checkpoint.latest(folder, small(0)) is None
+        assert checkpoint.numbers(folder) == []
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint 3"):
+        checkpoint.read_meta(tmp_path, 3)
+
+
+def test_partial_restore_reads_only_its_leaves(tmp_path: pathlib.Path) -> None:
+    tree = {"state": small(3), "teacher": {"w": np.ones(5000, np.float32)}}
+    checkpoint.save(tmp_path, 0, tree, {})
+    part = {"state": {"w": tree["state"]["w"]}}
+    assert_same(checkpoint.restore(tmp_path, 0, part, partial=True).arrays, part)
+    with pytest.raises(checkpoint.CheckpointError, match="other is missing"):
+        checkpoint.restore(tmp_path, 0, {"other": tree["state"]["w"]}, partial=True)
+
+
+# --- Mistakes of the caller
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": np.zeros(699, np.float32)}, r"w is float32\[700\], expected .*\[699\]"),
+        ({"w": np.zeros(700, np.int32)}, r"w is float32\[700\], expected int32"),
+        ({"more": np.zeros(1)}, "more is missing"),
+        ({"n": {"n": np.zeros((), np.int32)}}, "n is not expected"),
+    ],
+)
+def test_target_that_does_not_fit(
+    tmp_path: pathlib.Path, change: dict, message: str, caplog: Any
+) -> None:
+    checkpoint.save(tmp_path, 0, small(0), {})
+    checkpoint.save(tmp_path, 1, small(1), {})
+    for read in (
+        lambda target: checkpoint.latest(tmp_path, target),
+        lambda target: checkpoint.restore(tmp_path, 1, target),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=message) as caught:
+            read(small(0) | change)
+        assert not isinstance(caught.value, checkpoint.DamagedError)
+        assert isinstance(caught.value, UserError)
+    assert not caplog.records, "a wrong target is no damage"
+
+
+def test_existing_and_lower_numbers_are_refused(tmp_path: pathlib.Path) -> None:
+    checkpoint.save(tmp_path, 5, small(5), {})
+    for number in (5, 4):
+        with pytest.raises(checkpoint.CheckpointError, match="5 exists"):
+            checkpoint.save(tmp_path, number, small(0), {})
+    assert checkpoint.numbers(tmp_path) == [5]
+    assert_same(checkpoint.restore(tmp_path, 5, small(0)).arrays, small(5))
+
+
+@pytest.mark.parametrize(
+    ("tree", "meta"),
+    [
+        ({"x": 1.0}, {}),
+        ({"x": jax.random.key(0)}, {}),
+        ({"a/b": np.zeros(1), "a": {"b": np.zeros(1)}}, {}),
+        ({"x": np.zeros(1)}, {"x": np.zeros(1)}),
+    ],
+)
+def test_what_cannot_be_saved(tmp_path: pathlib.Path, tree: dict, meta: dict) -> None:
+    with pytest.raises(TypeError):
+        checkpoint.save(tmp_path, 0, tree, meta)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("number", "keep"), [(-1, 2), (0, 0)])
+def test_bad_numbers(tmp_path: pathlib.Path, number: int, keep: int) -> None:
+    with pytest.raises(checkpoint.CheckpointError):
+        checkpoint.save(tmp_path, number, small(0), {}, keep=keep)
+
+
+# --- Pruning
+
+
+def test_pruning_spares_permanent_and_newest(tmp_path: pathlib.Path) -> None:
+    kept = []
+    for number in range(9):
+        checkpoint.save(tmp_path, number, small(number), {"permanent": number % 4 == 1})
+        kept.append(checkpoint.numbers(tmp_path))
+    # The newest two of all, and 1 and 5 for ever.
+    assert kept[:3] == [[0], [0, 1], [1, 2]]
+    assert kept[-3:] == [[1, 5, 6], [1, 5, 6, 7], [1, 5, 7, 8]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "5", "7", "8"]
+    checkpoint.save(tmp_path, 20, small(20), {}, keep=1)
+    assert checkpoint.numbers(tmp_path) == [1, 5, 20]
+
+
+def test_pruning_leaves_what_it_cannot_read(tmp_path: pathlib.Path) -> None:
+    checkpoint.save(tmp_path, 0, small(0), {"permanent": True})
+    (tmp_path / "0/manifest/data.json").write_text("{")
+    for number in (1, 2, 3):
+        checkpoint.save(tmp_path, number, small(number), {})
+    assert checkpoint.numbers(tmp_path) == [0, 2, 3]
+
+
+# --- Damage
+
+
+@pytest.fixture
+def two(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder with checkpoint 1 (of make_state(1)) and the newest, 2."""
+    for number in (1, 2):
+        checkpoint.save(tmp_path, number, make_state(number), {"number": number})
+    yield tmp_path
+
+
+def check_fallback(folder: pathlib.Path, caplog: Any) -> int:
+    """``latest`` gives 2 bit-exactly and silently, or 1 with a warning about 2."""
+    caplog.clear()
+    restored = checkpoint.latest(folder, make_state(0))
+    assert restored is not None
+    assert restored.meta == {"number": restored.number}
+    assert_same(restored.arrays, make_state(restored.number))
+    warnings = [record.getMessage() for record in caplog.records]
+    if restored.number == 2:
+        assert warnings == []
+    else:
+        (warning,) = warnings
+        assert f"checkpoint {folder / '2'} is damaged: " in warning
+        assert "\n" not in warning
+    return restored.number
+
+
+def test_flipped_bits(two: pathlib.Path, caplog: Any) -> None:
+    seed = random.randrange(2**32)
+    log.warning("seed %d", seed)  # shown when the test fails
+    rng = random.Random(seed)
+    files = [path for path in files_of(two / "2") if path.stat().st_size]
+    found = []
+    for _ in range(20):
+        path = rng.choice(files)
+        position = rng.randrange(8 * path.stat().st_size)
+        flip_bit(path, position)
+        found.append(check_fallback(two, caplog))
+        flip_bit(path, position)
+    assert check_fallback(two, caplog) == 2
+    assert 1 in found, f"20 flips, none detected: seed {seed}"
+
+
+def test_flipped_bits_of_array_data_are_all_found(
+    two: pathlib.Path, caplog: Any
+) -> None:
+    path = biggest_file(two / "2")
+    # The data of one array, wherever the file has them.
+    values = np.asarray(make_state(2).params["conv"]["kernel"]).tobytes()
+    start = path.read_bytes().index(values)
+    for position in random.Random(0).sample(range(8 * len(values)), 10):
+        flip_bit(path, 8 * start + position)
+        assert check_fallback(two, caplog) == 1
+        assert "checksum of params/conv/kernel does not match" in caplog.text
+        flip_bit(path, 8 * start + position)
+
+
+def test_truncated_and_missing_files(two: pathlib.Path, caplog: Any) -> None:
+    found = {}
+    for path in files_of(two / "2"):
+        whole = path.read_bytes()
+        for size in sorted({0, len(whole) // 2, max(len(whole) - 1, 0)}):
+            path.write_bytes(whole[:size])
+            found[path.name, size] = check_fallback(two, caplog)
+        path.unlink()
+        found[path.name, None] = check_fallback(two, caplog)
+        path.write_bytes(whole)
+    assert found["data.json", 0] == found["data.json", None] == 1
+    assert found[biggest_file(two / "2").name, 0] == 1
+
+
+def test_meta_is_protected(two: pathlib.Path, caplog: Any) -> None:
+    path = two / "2/manifest/data.json"
+    manifest = json.loads(path.read_text())
+    manifest["meta"]["number"] = 3
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(checkpoint.DamagedError, match="checksum of its JSON"):
+        checkpoint.read_meta(two, 2)
+    assert check_fallback(two, caplog) == 1
+
+
+def test_swapped_folders_are_found(two: pathlib.Path) -> None:
+    (two / "2").rename(two / "3")
+    with pytest.raises(checkpoint.DamagedError, match="holds checkpoint 2"):
+        checkpoint.restore(two, 3, make_state(0))
+
+
+def test_all_damaged_is_an_error(two: pathlib.Path, caplog: Any) -> None:
+    for number in ("1", "2"):
+        biggest_file(two / number).write_bytes(b"")
+    with pytest.raises(
+        checkpoint.CheckpointError, match="none of the .* readable"
+    ) as e:
+        checkpoint.latest(two, make_state(0))
+    assert "\n" not in str(e.value)
+    assert len(caplog.records) == 2
+
+
+def test_saving_again_after_a_fallback(two: pathlib.Path, caplog: Any) -> None:
+    biggest_file(two / "2").write_bytes(b"")
+    assert check_fallback(two, caplog) == 1
+    checkpoint.save(two, 2, make_state(22), {"again": True})
+    restored = checkpoint.latest(two, make_state(0))
+    assert restored is not None and restored.meta == {"again": True}
+    assert_same(restored.arrays, make_state(22))
+    assert checkpoint.numbers(two) == [1, 2]
+    assert (two / "2.damaged").exists(), "damaged data are kept for a rescue"
+
+
+# --- Disks, limits and kills, in child processes
+
+CHILD = """
+import os, pathlib, resource, sys
+import jax, numpy as np
+jax.config.update("jax_platforms", "cpu")
+from bsce_jax import checkpoint
+
+folder, size = sys.argv[1], int(sys.argv[2])
+
+def tree(number):
+    return {"w": np.full(size, number, np.float32), "n": np.full(300, number)}
+
+def save(number, **options):
+    try:
+        checkpoint.save(folder, number, tree(number), {"number": number}, **options)
+        return True
+    except checkpoint.CheckpointError as error:
+        print("ERROR", error)
+        return False
+"""
+
+
+def run_child(body: str, folder: pathlib.Path, size: int) -> tuple[str, str]:
+    """Runs CHILD and body; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD + textwrap.dedent(body), str(folder), str(size)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip(), done.stderr.strip()
+
+
+def child_tree(number: int, size: int) -> dict[str, np.ndarray]:
+    return {"w": np.full(size, number, np.float32), "n": np.full(300, number)}
+
+
+def assert_only(folder: pathlib.Path, numbers: list[int], size: int) -> None:
+    """The folder holds these checkpoints, intact, and nothing else."""
+    assert sorted(path.name for path in folder.iterdir()) == list(map(str, numbers))
+    for number in numbers:
+        tree = child_tree(number, size)
+        assert_same(checkpoint.restore(folder, number, tree).arrays, tree)
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 100_000])
+def test_file_size_limit(tmp_path: pathlib.Path, limit: int) -> None:
+    size = 100_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert hard == resource.RLIM_INFINITY, "this test sets a limit itself"
+    out, err = run_child(
+        f"""
+        assert save(0)
+        unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, unlimited[1]))
+        assert not save(1)
+        assert not save(1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        assert save(1)
+        """,
+        tmp_path,
+        size,
+    )
+    line = f"ERROR cannot save checkpoint {tmp_path / '1'}: File too large"
+    assert out.splitlines() == [line, line]
+    assert err == ""
+    assert_only(tmp_path, [0, 1], size)
+
+
+def test_full_disk(tmp_path: pathlib.Path) -> None:
+    disk, size = tmp_path / "disk", 500_000  # 2 MB a checkpoint on 5 MB
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root and the permission to mount")
+    try:
+        folder = disk / "checkpoints"
+        out, err = run_child(
+            """
+            assert save(0) and save(1)
+            assert not save(2)
+            assert not save(3)
+            """,
+            folder,
+            size,
+        )
+        assert out.splitlines() == [
+            f"ERROR cannot save checkpoint {folder / n}: No space left on device"
+            for n in ("2", "3")
+        ]
+        assert err == ""
+        assert_only(folder, [0, 1], size)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_read_only_folder() -> None:
+    # Outside tmp_path, whose parents nobody but its owner may enter.
+    with tempfile.TemporaryDirectory() as name:
+        folder, size = pathlib.Path(name) / "checkpoints", 1000
+        pathlib.Path(name).chmod(0o755)
+        out, err = run_child(
+            """
+            assert save(0)
+            os.chmod(folder, 0o555)
+            if os.geteuid() == 0:
+                os.seteuid(65534)  # root may write anywhere
+            assert not save(1)
+            os.seteuid(os.getuid())
+            """,
+            folder,
+            size,
+        )
+        line = f"ERROR cannot save checkpoint {folder / '1'}: Permission denied"
+        assert out == line
+        assert err == ""
+        assert_only(folder, [0], size)
+        folder.chmod(0o755)
+
+
+def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
+    """SIGKILL at random moments leaves whole checkpoints; the next save cleans up."""
+    seed = random.randrange(2**32)
+    log.warning("seed %d", seed)  # shown when the test fails
+    rng = random.Random(seed)
+    size, number = 500_000, 0
+    body = """
+    number = (checkpoint.numbers(folder) or [-1])[-1] + 1
+    while save(number):
+        print(number, flush=True)
+        number += 1
+    """
+    for _ in range(5):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD + textwrap.dedent(body)]
+            + [str(tmp_path), str(size)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None
+        done = int(child.stdout.readline())
+        time.sleep(rng.uniform(0, 0.3))
+        child.send_signal(signal.SIGKILL)
+        done = max([done, *map(int, child.stdout.read().split())])
+        child.wait()
+        child.stdout.close()
+        assert done >= number, "each child saves at least once"
+        restored = checkpoint.latest(tmp_path, child_tree(0, size))
+        # The last that was reported, or one that was renamed just before the kill.
+        assert restored is not None and restored.number in (done, done + 1)
+        assert restored.meta == {"number": restored.number}
+        assert_same(restored.arrays, child_tree(restored.number, size))
+        number = restored.number + 1
+    checkpoint.save(tmp_path, number, child_tree(number, size), {})
+    assert_only(tmp_path, [number - 1, number], size)
+
+
+def test_leftovers_are_ignored_and_removed(two: pathlib.Path, caplog: Any) -> None:
+    for name in ("3.orbax-checkpoint-tmp", "0.deleted"):
+        (two / name / "arrays").mkdir(parents=True)
+    assert check_fallback(two, caplog) == 2
+    assert checkpoint.numbers(two) == [1, 2]
+    checkpoint.save(two, 3, make_state(3), {})
+    assert sorted(path.name for path in two.iterdir()) == ["2", "3"]

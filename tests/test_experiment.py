@@ -1,0 +1,207 @@
+"""Whole runs from the command line."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import bsce_jax
+from bsce_jax.errors import UserError
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def config(folder) -> pathlib.Path:
+    return runs.config_file(folder, classes=6, base=4, steps=2, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def balanced(config, folder) -> pathlib.Path:
+    workdir = folder / "balanced"
+    runs.run(config, workdir, "--config.prior=balanced")
+    return workdir
+
+
+def test_a_run_writes_results_pictures_events_and_a_table(config, balanced):
+    results = runs.results(balanced)
+    assert results["status"] == "done" and len(results["steps"]) == 3
+    base, first, last = (record["result"] for record in results["steps"])
+    assert (base["num_old"], first["num_old"], last["num_seen"]) == (0, 4, 6)
+    assert first["counts"] == [3, 3, 3, 3, 8] and last["memory_images"] == 15
+    assert len(last["loss"]) == 2 and last["alpha"] == []
+    accuracies = [record["result"]["top1"] for record in results["steps"]]
+    mean = results["summary"]["average_incremental_top1"]
+    np.testing.assert_allclose(mean, np.mean(accuracies))
+    for picture in ("curves.png", "confusion.png"):
+        Image.open(balanced / picture).verify()
+    assert list((balanced / "tensorboard").iterdir())
+    again = runs.run(config, balanced, "--config.prior=balanced")
+    assert "average incremental accuracy" in again.stdout
+    assert runs.results(balanced) == results
+
+
+def test_all_priors_share_the_base_step_and_its_bits(config, folder, balanced):
+    shared = runs.results(balanced)
+    for prior, more in (
+        ("none", []),
+        ("weighted", ["--config.alpha=0.5"]),
+        ("relaxed", ["--config.epsilon=0.2", "--config.epsilon_unit=percent"]),
+        ("meta", []),
+    ):
+        workdir = folder / prior
+        own = [f"--config.prior={prior}", *more]
+        runs.run(config, workdir, *own, f"--config.init_from={balanced}")
+        results = runs.results(workdir)
+        assert results["base_hash"] == shared["base_hash"]
+        assert (
+            results["steps"][0]["result"]["parameters_sha256"]
+            == (shared["steps"][0]["result"]["parameters_sha256"])
+        )
+        assert results["config_hash"] != shared["config_hash"]
+        assert "base_update" not in results["steps"][-1]["telemetry"]["compiles"]
+        last, other = results["steps"][-1]["result"], shared["steps"][-1]["result"]
+        assert last["parameters_sha256"] != other["parameters_sha256"]
+        if prior == "meta":  # one image of each class is held out
+            assert last["counts"] == [2, 2, 2, 2, 2, 7]
+            assert last["alpha"][-1][1] != 1.0
+            Image.open(workdir / "alpha.png").verify()
+    # Its own base step gives the bits that were taken over.
+    runs.run(config, folder / "alone", "--config.prior=meta")
+    alone, taken = runs.results(folder / "alone"), runs.results(folder / "meta")
+    for a, b in zip(alone["steps"], taken["steps"], strict=True):
+        assert a["result"] == b["result"]
+
+
+def test_init_from_another_base_step_is_refused(config, folder, balanced):
+    failed = runs.run(
+        config,
+        folder / "refused",
+        f"--config.init_from={balanced}",
+        "--config.optim.weight_decay=0.1",
+        status=2,
+    )
+    line = failed.stderr.strip().splitlines()[-1]
+    assert "config.init_from" in line and "weight_decay" in line
+
+
+def test_a_workdir_of_another_configuration_is_refused(config, balanced):
+    failed = runs.run(config, balanced, "--config.prior=none", status=2)
+    line = failed.stderr.strip().splitlines()[-1]
+    assert "prior: 'balanced' there, 'none' here" in line
+    failed = runs.run(config, balanced, "--config.model.width=5", status=2)
+    assert "another configuration" in failed.stderr.strip().splitlines()[-1]
+
+
+def test_load_predicts_and_the_command_line_prints_names(balanced, folder, capsys):
+    from bsce_jax import predict
+    from bsce_jax.data import resident
+
+    predictor = bsce_jax.load(balanced)
+    arrays = resident.load("blobs", "test", str(folder / "data"))
+    found = predictor(arrays.images)
+    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, rtol=1e-5)
+    results = runs.results(balanced)
+    position = {c: i for i, c in enumerate(results["class_order"])}
+    labels = np.array([position[int(label)] for label in arrays.labels])
+    correct = 100 * np.mean(found.probabilities.argmax(axis=1) == labels)
+    np.testing.assert_allclose(correct, results["steps"][-1]["result"]["top1"])
+    assert bsce_jax.load(balanced, step=0).class_names == predictor.class_names[:4]
+    Image.fromarray(arrays.images[0, :, :, 0]).save(folder / "image.png")
+    assert predict.main([str(balanced), str(folder / "image.png")]) == 0
+    assert capsys.readouterr().out.strip().startswith(f"{folder}/image.png: ")
+    assert predict.main([str(balanced), str(folder / "none.png")]) == 2
+    assert "none.png" in capsys.readouterr().err
+    with pytest.raises(UserError, match="step=7"):
+        bsce_jax.load(balanced, step=7)
+    with pytest.raises(UserError, match="expected uint8"):
+        predictor(arrays.images.astype(np.float32))
+
+
+def test_pmap_gives_the_results_of_jit(config, folder, balanced):
+    """Eight devices, in another order of summation: accuracies within rounding."""
+    workdir = folder / "pmap"
+    runs.run(
+        config,
+        workdir,
+        "--config.prior=balanced",
+        "--config.parallel=pmap",
+        devices=8,
+    )
+    one, eight = runs.results(balanced), runs.results(workdir)
+    for a, b in zip(one["steps"], eight["steps"], strict=True):
+        np.testing.assert_allclose(a["result"]["loss"], b["result"]["loss"], rtol=2e-3)
+
+
+def test_the_plan_is_printed_without_training(config, folder):
+    workdir = folder / "plan"
+    done = runs.run(config, workdir, "--config.print_plan", "--config.prior=balanced")
+    assert not (workdir / "results.json").exists()
+    lines = done.stdout.splitlines()
+    assert lines[3].split()[:5] == ["1", "5", "20", "12", "3..8"]
+    assert "ms: about" in lines[-1] and "MiB" in lines[-1]
+
+
+def test_nan_stops_the_run_and_names_step_and_update(config, folder):
+    failed = runs.run(
+        config, folder / "nan", "--config.optim.learning_rate=1e30", status=2
+    )
+    line = failed.stderr.strip().splitlines()[-1]
+    assert "step 0 at update" in line and "last good" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--config.optim.epoch=3", ["unknown", "epoch"]),
+        ("--config.optim.epochs=1e2", ["config.optim.epochs=1e2"]),
+        ("--config.terms=1", ["config.terms=1"]),
+        ("--config.terms.kd.weight=half", ["terms.kd.weight='half'", "rho"]),
+        ("--config.prior=other", ["config.prior='other'", "balanced"]),
+        ("--config.memory.per_class=9", ["9 exemplars", "8 training images"]),
+        ("--config.scenario.steps=5", ["5"]),
+        ("--config.scenario.class_order=best", ["best"]),
+        ("--config.data.name=nothing", ["nothing"]),
+        ("--config.optim.milestones=(3,1)", ["milestones", "ascending"]),
+        ("--workdri=x", ["workdri"]),
+        ("--config.model.name=vgg", ["vgg", "resnet"]),
+    ],
+)
+def test_mistakes_are_one_line(config, folder, override, words, capsys):
+    from bsce_jax import main
+
+    arguments = ["main", f"--config={config}", f"--workdir={folder / 'wrong'}"]
+    assert main.main([*arguments, override]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("bsce_jax: "), lines
+    assert all(word in lines[-1] for word in words), lines
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_a_missing_or_broken_configuration_file_is_one_line(capsys, tmp_path):
+    from bsce_jax import main
+
+    for arguments, word in (
+        ([], "--config"),
+        ([f"--config={tmp_path}/none.py"], "none.py"),
+        (["--config=configs/cifar100.py:steps=x"], "steps"),
+        (["--config=configs/cifar100.py:method=mine"], "mine"),
+        (["--config=configs/digits.py", "extra"], "extra"),
+    ):
+        assert main.main(["main", *arguments]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and word in lines[0], lines
+
+
+def test_the_results_are_json_that_the_report_reads(balanced, folder):
+    from bsce_jax.report.__main__ import main
+
+    assert main([str(balanced), "--output", str(folder / "report")]) == 0
+    assert (folder / "report" / "curves.png").stat().st_size > 0
+    assert json.dumps(runs.results(balanced))

@@ -1,0 +1,158 @@
+"""Killed at any moment and started again: the same bits as an undisturbed run."""
+
+import random
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+
+from bsce_jax.report import results as results_file
+from tests import runs
+
+PRIOR = ("--config.prior=meta", "--config.checkpoint.minutes=0")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    return runs.config_file(folder, classes=6, base=4, steps=2, epochs=4)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config):
+    workdir = config.parent / "undisturbed"
+    runs.run(config, workdir, *PRIOR)
+    return workdir
+
+
+def deterministic(workdir):
+    return results_file.deterministic(runs.results(workdir))
+
+
+def start(config, workdir) -> subprocess.Popen:
+    return subprocess.Popen(
+        runs.command(config, workdir, *PRIOR),
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+
+
+def checkpoints(workdir) -> list[str]:
+    """Names in the checkpoint folder, those being written included."""
+    folder = workdir / "checkpoints"
+    return [path.name for path in folder.iterdir()] if folder.exists() else []
+
+
+def newest(workdir) -> int:
+    return max((int(n) for n in checkpoints(workdir) if n.isdigit()), default=-1)
+
+
+def kill_at_random(config, workdir, rng: random.Random) -> bool:
+    """Starts the run and kills it some saves later; whether it was still running."""
+    process = start(config, workdir)
+    target = newest(workdir) + rng.randint(1, 6)
+    while process.poll() is None and newest(workdir) < target:
+        time.sleep(0.002)
+    if rng.random() < 0.5:  # in the middle of a save
+        while process.poll() is None and not any(
+            "tmp" in name for name in checkpoints(workdir)
+        ):
+            time.sleep(0.001)
+    else:
+        time.sleep(rng.random() * 0.3)
+    running = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return running
+
+
+def kill_and_compare(config, undisturbed, name, kills, seed):
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    workdir = config.parent / name
+    killed = sum(kill_at_random(config, workdir, rng) for _ in range(kills))
+    runs.run(config, workdir, *PRIOR)
+    assert killed >= min(kills, 3)
+    assert deterministic(workdir) == deterministic(undisturbed)
+
+
+def test_four_kills(config, undisturbed):
+    kill_and_compare(config, undisturbed, "four", 4, seed=time.time_ns())
+
+
+@pytest.mark.slow
+def test_twenty_kills(config, undisturbed):
+    """Over several runs, since one is over after a few."""
+    for part in range(5):
+        kill_and_compare(config, undisturbed, f"twenty{part}", 4, seed=time.time_ns())
+
+
+def test_sigterm_saves_and_the_run_goes_on(config, undisturbed):
+    workdir = config.parent / "terminated"
+    process = start(config, workdir)
+    while newest(workdir) < 3:
+        time.sleep(0.002)
+        assert process.poll() is None, process.communicate()[1]
+    process.terminate()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert re.search(r"stopped in step \d after update \d+; saved", errors)
+    runs.run(config, workdir, *PRIOR)
+    assert deterministic(workdir) == deterministic(undisturbed)
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
+    config, undisturbed
+):
+    workdir = config.parent / "damaged"
+    process = start(config, workdir)
+    while newest(workdir) < 6:
+        time.sleep(0.002)
+        assert process.poll() is None, process.communicate()[1]
+    process.kill()
+    process.communicate()
+    number = newest(workdir)
+    files = (workdir / "checkpoints" / str(number)).rglob("*")
+    largest = max((f for f in files if f.is_file()), key=lambda f: f.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(bytes(data))
+    done = runs.run(config, workdir, *PRIOR)
+    assert f"checkpoint {number}" in done.stderr and "damaged" in done.stderr
+    assert deterministic(workdir) == deterministic(undisturbed)
+
+
+def test_nothing_compiles_at_a_new_step_over_26_steps(tmp_path):
+    """Programs by name over a base step and 25 steps, with a kill and a resume."""
+    config = runs.config_file(tmp_path, classes=29, base=4, steps=25)
+    workdir = tmp_path / "run"
+    overrides = ("--config.prior=meta",)
+    process = subprocess.Popen(
+        runs.command(config, workdir, *overrides),
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while newest(workdir) < 60 and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    runs.run(config, workdir, *overrides)
+    records = runs.results(workdir)["steps"]
+    counts = [record["telemetry"]["compiles"] for record in records]
+    resumed = next(i for i in range(1, len(counts)) if "base_update" not in counts[i])
+    assert 2 <= resumed <= 24
+    programs = ("incremental_update", "meta_update", "evaluate", "features")
+    for name in programs:
+        assert counts[resumed - 1].get(name) == 1
+        assert counts[-1].get(name) == 1, counts[-1]
+    assert counts[0]["base_update"] == 1
+    # Neither these nor anything else, eager operations included.
+    assert counts[resumed - 1] == counts[2]
+    assert counts[-1] == counts[resumed + 1]

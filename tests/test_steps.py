@@ -1,0 +1,281 @@
+"""The compiled steps: one device, jit over 8 and pmap over 8 agree; the algebra."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bsce_jax import log_prior, meta_alpha, optim, parallel, steps
+from bsce_jax.losses import kd, softmax_ce
+from bsce_jax.losses.softmax_ce import softmax_cross_entropy
+from bsce_jax.state import Images, Rows, Schedule, StepContext, TrainState
+from tests.tiny import TinyNet
+
+CLASSES, OLD, SEEN, BATCH, UPDATES = 6, 3, 5, 12, 3
+
+
+def program(dtype, meta=True) -> steps.Program:
+    train_images, test_images = steps.augmentation(1, True, 0.0, (0.5,), (0.5,), dtype)
+    return steps.Program(
+        model=TinyNet(CLASSES, dtype),
+        terms=(
+            steps.Term("kd", kd.term, {"temperature": 2.0}),
+            steps.Term("softmax_ce", softmax_ce.term, {}),
+        ),
+        optimizer=optim.sgd(0.9, 2e-4),
+        train_images=train_images,
+        test_images=test_images,
+        meta=steps.Meta(optax.sgd(1.0), 2, 0.0, 1e-3, 10.0, "train") if meta else None,
+    )
+
+
+def example(program: steps.Program, dtype, seed=0):
+    """State, context, data and a plan of UPDATES updates, the last batch partial."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
+    labels = rng.integers(0, SEEN, 40).astype(np.int32)
+    init = jax.jit(functools.partial(program.model.init, train=False))
+    network, teacher = (
+        init(jax.random.key(seed + i), jnp.zeros((1, 8, 8, 1), dtype)) for i in (0, 1)
+    )
+    params = network["params"]
+    state = TrainState(
+        params,
+        network["batch_stats"],
+        program.optimizer.init(params),
+        np.asarray(0.7, dtype),
+        optax.sgd(1.0).init(np.asarray(0.7, dtype)),
+        {},
+    )
+    positions = np.arange(CLASSES)
+    old, seen = positions < OLD, positions < SEEN
+    counts = np.where(old, 4.0, 30.0) * seen
+    context = StepContext(
+        log_prior=np.asarray(log_prior.balanced(counts.astype(dtype))),
+        old=old,
+        seen=seen,
+        counts=counts.astype(dtype),
+        task_ids=np.zeros(CLASSES, np.int32),
+        weights={"kd": np.asarray(0.6, dtype), "softmax_ce": np.asarray(0.4, dtype)},
+        update_scale=optim.update_scale(params, seen),
+        teachers=(teacher,),
+    )
+    indices = rng.integers(0, 40, (UPDATES, BATCH)).astype(np.int32)
+    valid = np.ones((UPDATES, BATCH), np.float32)
+    valid[-1, 5:] = 0  # fewer valid rows than devices
+    numbers = np.broadcast_to(np.arange(BATCH, dtype=np.int32), indices.shape)
+    constant = np.ones(UPDATES, np.int32)
+    schedule = Schedule(
+        3 * constant,
+        constant,
+        constant,
+        np.arange(UPDATES, dtype=np.int32),
+        0.05 * np.ones(UPDATES, dtype),
+    )
+    held = rng.integers(0, 40, (2, BATCH)).astype(np.int32)
+    held_out = Rows(held, np.ones(held.shape, np.float32), numbers[:2])
+    rows = Rows(indices, valid, numbers)
+    return state, context, Images(images, labels), schedule, rows, held_out
+
+
+def compiled(program, mode, devices):
+    """One call of `program` on host arrays, compiled once."""
+    place = parallel.create(mode, devices)
+    whole, split = "replicated", "batch"
+    function = steps.make_train_update(program)
+    inputs: list = [whole, whole, whole, whole, whole, split]
+    if program.meta is not None:
+        function = steps.make_meta_update(program)
+        inputs.append(split)
+    update = parallel.compile_step(
+        place, function, name="update", inputs=inputs, outputs=(whole, whole)
+    )
+
+    def run(state, context, data, schedule, rows, held_out):
+        count = np.int32(len(rows.indices))
+        values = parallel.replicate(place, (state, context, data, count, schedule))
+        held = (parallel.shard(place, held_out),) if program.meta else ()
+        found = update(*values, parallel.shard(place, rows), *held)
+        return jax.device_get(found)
+
+    return run
+
+
+def run(program, mode, devices, arguments):
+    """Compiles and runs one call; returns host arrays."""
+    return compiled(program, mode, devices)(*arguments)
+
+
+def assert_close(a, b, rtol):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
+        np.testing.assert_allclose(
+            x, y, rtol=rtol, atol=rtol, err_msg=jax.tree_util.keystr(path)
+        )
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_one_device_jit_8_and_pmap_8_give_the_same_update(x64, meta):
+    tested = program(jnp.float64, meta)
+    arguments = example(tested, np.float64)
+    one = run(tested, "jit", jax.devices()[:1], arguments)
+    for mode in ("jit", "pmap"):
+        eight = run(tested, mode, jax.devices()[:8], arguments)
+        assert_close(one, eight, 1e-9)
+    assert one[1]["images"].tolist() == [12, 12, 5]
+    if meta:
+        alphas = one[1]["alpha"]
+        assert alphas[0] != 0.7 and alphas[0] == alphas[1] != alphas[2]
+
+
+def test_a_loop_of_updates_equals_single_calls(x64):
+    tested = program(jnp.float64)
+    state, context, data, schedule, rows, held_out = example(tested, np.float64)
+    arguments = (state, context, data, schedule, rows, held_out)
+    looped, metrics = run(tested, "jit", jax.devices()[:1], arguments)
+    one = jax.devices()[:1]
+    plain = compiled(dataclasses.replace(tested, meta=None), "jit", one)
+    with_alpha = compiled(tested, "jit", one)
+    for u in range(UPDATES):
+        at = functools.partial(jax.tree.map, lambda x: x[u : u + 1])
+        single = plain if u % tested.meta.every else with_alpha
+        group = u // tested.meta.every
+        held = jax.tree.map(lambda x: x[group : group + 1], held_out)
+        state, new = single(state, context, data, at(schedule), at(rows), held)
+        np.testing.assert_allclose(new["loss"][0], metrics["loss"][u], rtol=1e-9)
+    assert_close(state, looped, 1e-9)
+
+
+def test_fewer_updates_than_the_plan_holds(x64):
+    tested = program(jnp.float64)
+    state, context, data, schedule, rows, held_out = example(tested, np.float64)
+    place = parallel.create("jit", jax.devices()[:1])
+    update = jax.jit(functools.partial(steps.make_meta_update(tested), axis_name=None))
+    whole = parallel.replicate(place, (state, context, data))
+    full = update(*whole, 3, schedule, rows, held_out)
+    part = update(*whole, 1, schedule, rows, held_out)
+    assert part[1]["images"].tolist() == [12, 0, 0]
+    assert part[1]["loss"][0] == full[1]["loss"][0]
+
+
+def test_train_step_is_pytorch_sgd_on_the_weighted_terms(x64):
+    """Against jax.grad of a loss written out in full, and hand-made momentum."""
+    tested = program(jnp.float64, meta=False)
+    state, context, data, schedule, rows, _ = example(tested, np.float64)
+    key = jax.random.key(0)
+    batch = steps.fetch(tested, data, jax.tree.map(jnp.asarray, rows), 2, key)
+    step = jax.jit(functools.partial(steps.train_step, tested))
+    new, metrics = step(state, context, batch, jnp.asarray(0.1))
+
+    def loss(params):
+        (z, _), _ = tested.model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            batch.images,
+            train=True,
+            valid=batch.valid,
+            mutable=["batch_stats"],
+        )
+        teacher, _ = tested.model.apply(context.teachers[0], batch.images, train=False)
+        n = 5
+        lam = context.counts * np.where(context.old, 0.7, 1.0)
+        q = lam[None, :SEEN] * jnp.exp(z[:n, :SEEN])
+        ce = -jnp.log(q[np.arange(n), batch.labels[:n]] / q.sum(axis=1))
+        p = jax.nn.softmax(teacher[:n, :OLD] / 2)
+        distilled = -4 * jnp.sum(p * jax.nn.log_softmax(z[:n, :OLD] / 2), axis=1)
+        return 0.6 * distilled.mean() + 0.4 * ce.mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-12)
+    expected = jax.tree.map(
+        lambda p, g: p - 0.1 * (g + 2e-4 * p), state.params, gradient
+    )
+    head = expected["head"]
+    for name in head:  # the row of the class not seen does not move
+        head[name] = np.array(head[name])
+        head[name][..., SEEN:] = np.asarray(state.params["head"][name])[..., SEEN:]
+    assert_close(jax.device_get(new.params), jax.device_get(expected), 1e-11)
+
+
+def test_unseen_rows_never_move_over_many_updates(x64):
+    tested = program(jnp.float64, meta=False)
+    arguments = example(tested, np.float64)
+    state, _ = run(tested, "jit", jax.devices()[:1], arguments)
+    before, after = arguments[0].params["head"], state.params["head"]
+    for name in before:
+        np.testing.assert_array_equal(
+            after[name][..., SEEN:], np.asarray(before[name])[..., SEEN:]
+        )
+        assert np.any(after[name][..., :SEEN] != np.asarray(before[name])[..., :SEEN])
+
+
+def test_meta_step_equals_reverse_mode_of_the_losses_written_out(x64):
+    tested = program(jnp.float64)
+    state, context, data, schedule, rows, held_out = example(tested, np.float64)
+    rows, held_out = jax.tree.map(jnp.asarray, (rows, held_out))
+    batch = steps.fetch(tested, data, rows, 0, jax.random.key(0))
+    balanced = steps.fetch(tested, data, held_out, 0, jax.random.key(1))
+    rate = jnp.asarray(0.05)
+    step = jax.jit(functools.partial(steps.meta_step, tested))
+    new = step(state, context, batch, balanced, rate)
+    teacher, _ = tested.model.apply(context.teachers[0], batch.images, train=False)
+
+    def logits(params, images):
+        return tested.model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            train=True,
+            mutable=["batch_stats"],
+        )[0][0]
+
+    def inner(params, alpha):
+        z = logits(params, batch.images)
+        prior = log_prior.weighted(context.counts, context.old, alpha)
+        ce = softmax_cross_entropy(z, batch.labels, prior)
+        distilled = kd.knowledge_distillation(z, teacher, context.old)
+        return 0.6 * distilled.mean() + 0.4 * ce.mean()
+
+    def outer(params):
+        z = logits(params, balanced.images)[:, :SEEN]
+        return softmax_cross_entropy(z, balanced.labels).mean()
+
+    nested = functools.partial(meta_alpha.gradient, inner, outer, mode="reverse")
+    expected = jax.jit(nested)(state.params, state.alpha, 0.05)
+    np.testing.assert_allclose(new.alpha, 0.7 - expected, rtol=1e-11)
+    assert abs(expected) > 1e-6
+    assert_close(new.params, state.params, 0)
+
+
+def test_randomness_depends_on_seed_step_epoch_and_update():
+    def key(**changed):
+        values = {"seed": 0, "step": 1, "epoch": 2, "update": 3, **changed}
+        schedule = Schedule(
+            **{name: jnp.asarray([v]) for name, v in values.items()},
+            learning_rate=jnp.zeros(1),
+        )
+        return tuple(jax.random.key_data(steps._key(schedule, 0, 0)).tolist())
+
+    assert key() == key()
+    changed = [key(**{name: 7}) for name in ("seed", "step", "epoch", "update")]
+    assert len({key(), *changed}) == 5
+
+
+def test_evaluate_predicts_among_seen_classes_only():
+    tested = program(jnp.float32, meta=False)
+    state, context, data, _, rows, _ = example(tested, np.float32)
+    rows = jax.tree.map(lambda x: jnp.asarray(x[:1]), rows)
+    bias = jnp.zeros(CLASSES).at[CLASSES - 1].set(100.0)
+    params = {**state.params, "head": {**state.params["head"], "bias": bias}}
+    evaluate = jax.jit(steps.make_evaluate(tested))
+    predicted, top5 = evaluate(params, state.batch_stats, context.seen, data, rows)
+    assert predicted.shape == (1, BATCH) and int(predicted.max()) < SEEN
+    assert bool(top5.all())  # five classes are seen
+    predicted, _ = evaluate(
+        params, state.batch_stats, np.ones(CLASSES, bool), data, rows
+    )
+    assert (predicted == CLASSES - 1).all()

@@ -1,0 +1,24 @@
+"""A network of one convolution, with everything the real ones have, fast to compile."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from bsce_jax.models.batch_norm import BatchNorm
+from bsce_jax.models.heads import LinearHead
+
+
+class TinyNet(nn.Module):
+    num_classes: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, train, valid=None, axis_name=None):
+        x = nn.Conv(
+            4, (3, 3), use_bias=False, dtype=self.dtype, param_dtype=self.dtype
+        )(images)
+        x = BatchNorm(dtype=self.dtype, name="norm")(x, train, valid, axis_name)
+        features = jnp.mean(nn.relu(x) ** 2, axis=(1, 2))
+        return LinearHead(self.num_classes, name="head")(features), {
+            "features": features,
+            "maps": [x],
+        }
