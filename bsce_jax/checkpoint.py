@@ -155,7 +155,8 @@ def restore(
         specs = {name: spec for name, spec in specs.items() if name in expected}
     _check_fit(path, specs, expected)
     leaves = _read_arrays(path, specs)
-    arrays = jax.tree.structure(target).unflatten(leaves[name] for name in expected)
+    ordered = [leaves[name] for name in expected]
+    arrays = jax.tree.unflatten(jax.tree.structure(target), ordered)
     return Restored(number, arrays, manifest["meta"])
 
 
@@ -192,8 +193,7 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
         name = jax.tree_util.keystr(path, simple=True, separator="/") or "array"
         dtype = getattr(leaf, "dtype", None)
         if not isinstance(dtype, np.dtype):
-            kind = dtype or type(leaf).__name__
-            raise TypeError(f"checkpoint leaf {name} is a {kind}, not an array")
+            raise TypeError(f"checkpoint leaf {name} is no array: {dtype or leaf!r}")
         if name in named:
             raise TypeError(f"two checkpoint leaves have the same path, {name}")
         named[name] = leaf

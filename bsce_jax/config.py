@@ -262,6 +262,8 @@ def _check_together(config: ConfigDict) -> None:
         raise _error("prior", "meta", "another prior where memory.kind is none")
     if config.prior != "none" and "softmax_ce" not in config.terms:
         raise _error("prior", config.prior, "none: no softmax_ce among the terms")
+    if config.prior == "relaxed" and config.epsilon == 0 and memory.kind != "none":
+        raise _error("epsilon", 0, "more than 0: exemplars are labels of old classes")
     if config.prior == "meta" and memory.kind == "growing" and memory.per_class < 2:
         raise _error("memory.per_class", memory.per_class, "at least 2 for prior=meta")
 

@@ -233,8 +233,8 @@ def make_context(run: Run, progress: Progress, data: planning.StepData) -> StepC
         prior = log_prior.relaxed(counts, old, epsilon_count(config))
     else:
         prior = log_prior.balanced(counts)
-    prior = np.asarray(prior)
-    prior = np.where(prior > log_prior.EXCLUDED, prior - prior.max(), prior)
+    shifted = np.asarray(prior)
+    shifted = np.where(shifted > log_prior.EXCLUDED, shifted - shifted.max(), shifted)
     task_ids = np.zeros(dataset.num_classes, np.int32)
     for task, group in enumerate(dataset.groups):
         task_ids[group.start : group.stop] = task
@@ -243,7 +243,7 @@ def make_context(run: Run, progress: Progress, data: planning.StepData) -> StepC
         for name, term in config.terms.items()
     }
     context = StepContext(
-        log_prior=prior.astype(np.float32),
+        log_prior=shifted.astype(np.float32),
         old=old,
         seen=seen,
         counts=counts,

@@ -25,7 +25,7 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         rest = values(list(argv))[1:]
         config, workdir = values.config, values.workdir
         if config is not None:
-            len(config)  # a file that failed to load raises only now
+            config.keys()  # a file that failed to load raises only now
     except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
         raise UserError(_one_line(error)) from None
     if config is None:

@@ -201,9 +201,9 @@ def base_hash(config: ConfigDict, dataset: Dataset) -> str:
     """
     fields = flatten(config)
     sections = ("data.", "model.")
-    names = ("seed", "matmul_precision", "optim.batch_size", "optim.momentum")
-    names += ("optim.weight_decay", "optim.decay", "optim.base_epochs")
-    names += ("optim.base_learning_rate", "optim.base_milestones")
+    names = ["seed", "matmul_precision", "optim.batch_size", "optim.momentum"]
+    names += ["optim.weight_decay", "optim.decay", "optim.base_epochs"]
+    names += ["optim.base_learning_rate", "optim.base_milestones"]
     skipped = ("data.data_dir", "data.nominal_per_class")
     part = {
         name: value

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
@@ -68,7 +69,7 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
     devices = parallel.create("jit", jax.local_devices()[:1])
     model = programs.build_model(config, devices, len(results["class_names"]))
     shape = tuple(results["image_shape"])
-    target = jax.eval_shape(lambda: programs.init_model(model, shape, 0))
+    target = programs.network_shapes(model, shape)
     found = _checkpoint_of(folder / "checkpoints", step)
     network = checkpoint.restore(
         folder / "checkpoints", found, {"state": target}, partial=True
@@ -91,7 +92,9 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
     return Predictor(names, shape, predict)
 
 
-def _probabilities(config: ConfigDict, model, network: PyTree, num_seen: int):
+def _probabilities(
+    config: ConfigDict, model: nn.Module, network: PyTree, num_seen: int
+) -> Callable[[np.ndarray], jax.Array]:
     dtype = jnp.dtype(config.model.dtype)
     mean, std = tuple(config.data.mean), tuple(config.data.std)
     _, test_images = steps.augmentation(0, False, 0.0, mean, std, dtype)

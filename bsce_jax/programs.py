@@ -67,7 +67,8 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
     )
     base = dataclasses.replace(program, terms=_terms(config, base=True), meta=None)
     compiled = functools.partial(parallel.compile_step, devices)
-    whole, rows = "replicated", "batch"
+    whole: parallel.Kind = "replicated"
+    rows: parallel.Kind = "batch"
     update_inputs = (whole, whole, whole, whole, whole, rows)
 
     def update(
@@ -130,6 +131,13 @@ def build_model(
         dtype=m.dtype,
         conv_chunks=chunks,
     )
+
+
+def network_shapes(model: nn.Module, image_shape: tuple[int, ...]) -> PyTree:
+    """What `init_model` returns, as jax.ShapeDtypeStruct."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(functools.partial(model.init, train=False), key, images)
 
 
 def init_model(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> PyTree:

@@ -59,7 +59,7 @@ class Program:
     meta: Meta | None = None
 
 
-def _total(value: Array, axis_name: str | None) -> Array:
+def _total(value: PyTree, axis_name: str | None) -> PyTree:
     """Sum over the devices."""
     return value if axis_name is None else jax.lax.psum(value, axis_name)
 

@@ -27,7 +27,7 @@ def get_config():
     c.model.width = 4
     c.model.conv_chunks = 1
     c.optim.epochs, c.optim.batch_size, c.optim.milestones = {epochs}, 16, (1,)
-    c.optim.base_epochs = 2
+    c.optim.base_epochs, c.optim.base_milestones = 2, (1,)
     c.meta.every, c.meta.batch_size = 2, 8
     c.evaluation.batch_size = 64
     return c

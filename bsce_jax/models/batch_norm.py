@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+Outputs = tuple[jax.Array, jax.Array, jax.Array]
+
 
 class BatchNorm(nn.Module):
     """Normalises the last axis; statistics in float32 whatever the compute type.
@@ -55,7 +57,7 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)
         if not train:
-            y = _affine(x, mean.value, _inverse(var.value, self.epsilon), scale, bias)
+            y = _affine(x, mean.value, var.value, scale, bias, self.epsilon)
             return y.astype(self.dtype)
         if valid is None:
             valid = jnp.ones(x.shape[0], stat_dtype)
@@ -82,7 +84,7 @@ def normalise(
     scale: jax.Array,
     bias: jax.Array,
     weights: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Outputs:
     """Normalises by the batch's own weighted mean and variance.
 
     The hand-written derivative needs two reductions over the batch where automatic
@@ -105,7 +107,7 @@ def normalise(
     x = x.astype(scale.dtype)
     mean = _weighted_sum(x, weights, axis_name)
     var = _weighted_sum(jnp.square(x - _wide(mean)), weights, axis_name)
-    return _affine(x, mean, _inverse(var, epsilon), scale, bias), mean, var
+    return _affine(x, mean, var, scale, bias, epsilon), mean, var
 
 
 @normalise.defjvp
@@ -114,32 +116,36 @@ def _normalise_jvp(
     epsilon: float,
     primals: tuple[jax.Array, ...],
     tangents: tuple[jax.Array, ...],
-) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+) -> tuple[Outputs, Outputs]:
     x, scale, bias, weights = primals
     x_dot, scale_dot, bias_dot, _ = tangents
     y, mean, var = normalise(axis_name, epsilon, x, scale, bias, weights)
-    inverse = _inverse(var, epsilon)
-    unit = (x.astype(scale.dtype) - _wide(mean)) * _wide(inverse)
-    x_dot = x_dot.astype(scale.dtype)
+    x, x_dot = x.astype(scale.dtype), x_dot.astype(scale.dtype)
+    inverse = lax.rsqrt(var + epsilon)
     mean_dot = _weighted_sum(x_dot, weights, axis_name)
-    # half_dot is d(log standard deviation): the tangent along the normalised values.
-    half_dot = _weighted_sum(unit * x_dot, weights, axis_name) * inverse
-    x_term = (x_dot - _wide(mean_dot)) * _wide(scale * inverse)
-    y_dot = x_term + unit * _wide(scale_dot - scale * half_dot) + _wide(bias_dot)
-    var_dot = 2 * half_dot / jnp.square(inverse)
-    return (y, mean, var), (y_dot, mean_dot, var_dot)
+    # Tangent of half the variance. Left uncentred, so that its transpose reads the
+    # activations themselves: centred copies cost memory and a pass for each layer.
+    half_dot = _weighted_sum(x * x_dot, weights, axis_name) - mean * mean_dot
+    # y = gain * x + offset: the two vectors carry all that is not elementwise, which
+    # leaves the transpose one sum of the cotangent and one of its product with x.
+    gain = scale * inverse
+    gain_dot = scale_dot * inverse - gain * half_dot * jnp.square(inverse)
+    offset_dot = bias_dot - gain * mean_dot - gain_dot * mean
+    y_dot = x_dot * _wide(gain) + x * _wide(gain_dot) + _wide(offset_dot)
+    return (y, mean, var), (y_dot, mean_dot, 2 * half_dot)
 
 
 def _affine(
-    x: jax.Array, mean: jax.Array, inverse: jax.Array, scale: jax.Array, bias: jax.Array
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    epsilon: float,
 ) -> jax.Array:
     """(x - mean) * scale / deviation + bias, channels last, in the type of `scale`."""
-    x = x.astype(scale.dtype)
-    return (x - _wide(mean)) * _wide(scale * inverse) + _wide(bias)
-
-
-def _inverse(var: jax.Array, epsilon: float) -> jax.Array:
-    return lax.rsqrt(var + epsilon)
+    gain = scale * lax.rsqrt(var + epsilon)
+    return x.astype(scale.dtype) * _wide(gain) + _wide(bias - mean * gain)
 
 
 def _wide(values: jax.Array) -> jax.Array:
@@ -149,7 +155,7 @@ def _wide(values: jax.Array) -> jax.Array:
 
 def _weighted_sum(x: jax.Array, weights: jax.Array, axis_name: str | None) -> jax.Array:
     """Sum over the pixels of the global batch, rows weighted: [B, H, W, C] -> [C]."""
-    # Row by row first: the mask then costs nothing, and XLA:CPU runs rows in parallel.
+    # Each row's pixels first: the mask then costs nothing.
     rows = x.sum(axis=(1, 2))
     return _global_sum((rows * weights[:, None]).sum(axis=0), axis_name)
 

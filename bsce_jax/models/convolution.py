@@ -1,9 +1,13 @@
 """Convolution without bias, PyTorch's padding and initialisation, NHWC."""
 
+import functools
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 
 class Convolution(nn.Module):
@@ -16,7 +20,7 @@ class Convolution(nn.Module):
       features: output channels.
       size: window size, odd.
       stride: step of the window along height and width.
-      chunks: pieces of the batch convolved one by one, see `convolve`.
+      chunks: pieces of the batch for the gradient on CPU, see `convolve`.
       dtype: compute type; the weights are at least float32.
     """
 
@@ -48,27 +52,57 @@ def convolve(
       x: [batch, height, width, channels].
       kernel: [size, size, channels, features].
       stride: step of the window.
-      chunks: pieces of the batch convolved one by one and concatenated. The result is
-        the same; the gradient with respect to the kernel becomes a sum over smaller
-        convolutions, which XLA:CPU runs faster. For one CPU device only: slicing
-        a batch that jit shards over devices would move it between them.
+      chunks: with more than 1, the gradient with respect to the kernel is a sum over
+        that many pieces of the batch, and a 1x1 convolution is a matrix product. Same
+        results; made for XLA:CPU, whose kernel gradients are slow for large batches.
+        For one device only: slicing a batch that jit shards would move it about.
 
     Returns:
       [batch, ceil(height / stride), ceil(width / stride), features].
     """
+    if chunks == 1:
+        return _convolve(x, kernel, stride)
+    if kernel.shape[0] == 1:
+        return jnp.dot(x[:, ::stride, ::stride, :], kernel[0, 0])
+    return _convolve_in_chunks(x, kernel, stride, min(chunks, x.shape[0]))
+
+
+def _convolve(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     padding = (kernel.shape[0] - 1) // 2
-    chunks = max(1, min(chunks, x.shape[0]))
-    pieces = [
-        lax.conv_general_dilated(
-            piece,
-            kernel,
-            window_strides=(stride, stride),
-            padding=((padding, padding), (padding, padding)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
-        for piece in jnp.array_split(x, chunks)
-    ]
-    return pieces[0] if chunks == 1 else jnp.concatenate(pieces)
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _convolve_in_chunks(
+    x: jax.Array, kernel: jax.Array, stride: int, chunks: int
+) -> jax.Array:
+    return _convolve(x, kernel, stride)
+
+
+def _convolve_in_chunks_jvp(
+    stride: int, chunks: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    # Only the term in the kernel's tangent is cut in pieces: reverse mode transposes
+    # it into the sum of the pieces' gradients. (A custom_vjp would rule out the
+    # forward-over-reverse derivative of the meta gradient.)
+    (x, kernel), (x_dot, kernel_dot) = primals, tangents
+    y = _convolve_in_chunks(x, kernel, stride, chunks)
+    y_dot = jnp.zeros_like(y)
+    if not isinstance(x_dot, SymbolicZero):
+        y_dot += _convolve_in_chunks(x_dot, kernel, stride, chunks)
+    if not isinstance(kernel_dot, SymbolicZero):
+        pieces = jnp.array_split(x, chunks)
+        y_dot += jnp.concatenate([_convolve(p, kernel_dot, stride) for p in pieces])
+    return y, y_dot
+
+
+_convolve_in_chunks.defjvp(_convolve_in_chunks_jvp, symbolic_zeros=True)
 
 
 def default_chunks(platform: str, num_devices: int = 1) -> int:

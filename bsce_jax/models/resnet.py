@@ -116,7 +116,11 @@ class ResNet(nn.Module):
           float32 (the head's input) and "maps", the outputs of the stages, each
           [batch, height', width', channels'] of the compute type.
         """
-        batch_norm = {"train": train, "valid": valid, "axis_name": axis_name}
+        batch_norm: dict[str, Any] = {
+            "train": train,
+            "valid": valid,
+            "axis_name": axis_name,
+        }
         x = Convolution(
             self.width,
             self.stem_size,

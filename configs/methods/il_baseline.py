@@ -32,7 +32,8 @@ def configure(config: ConfigDict, dataset: str) -> None:
     elif dataset == "digits":
         # Ours: the paper has no such data set.
         config.model.name, config.model.width = "resnet8", 16
-        optim.epochs, optim.milestones = 20, (12, 17)
+        optim.base_epochs, optim.base_milestones = 20, (12, 17)
+        optim.epochs, optim.milestones = 60, (36, 51)
         optim.batch_size, optim.weight_decay = 32, 2e-4
     else:
         raise ValueError(f"il_baseline has no settings for {dataset!r}")

@@ -1,0 +1,296 @@
+"""Time and memory of the gradient of alpha, relative to a plain training step.
+
+Four programs are compiled from the package's own steps and timed in turn, so that
+other load on the machine meets all of them:
+
+    train_step            one update of the network (the unit)
+    gradient_forward      one update of alpha alone, derivative in forward mode
+    gradient_reverse      the same in reverse mode, the literal nested gradient
+    alpha_and_train_step  alpha in forward mode, then the network, in one program
+
+The loss is IL-Baseline's with a teacher. Prints JSON: milliseconds, XLA's temporary
+memory and the ratios of both to train_step (`time_ratio` is the median over the
+rounds, `time_ratio_of_minima` that of the fastest rounds).
+
+    python benchmarks/meta_gradient.py --output meta.json
+
+On CPU it measures twice: with one convolution a layer, and with the batch chunks that
+training uses there (see bsce_jax/models/convolution.py).
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bsce_jax import log_prior, meta_alpha, models, optim, steps, telemetry
+from bsce_jax.losses import kd, softmax_ce
+from bsce_jax.state import Batch, PyTree, StepContext, TrainState
+
+CLASSES, OLD, SEEN = 100, 50, 60  # the first incremental step of B50 with 5 steps
+IMAGES_OLD, IMAGES_NEW = 18, 500  # a class, with 2 of 20 exemplars held out
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+# At most this much more than a train step: what the method's cost is held to.
+TARGETS = {
+    "gradient_forward": {"time_ratio": 1.6, "memory_ratio": 1.1},
+    "alpha_and_train_step": {"time_ratio": 2.4, "memory_ratio": 1.25},
+}
+REDUCED = {"model": "resnet8", "size": 8, "batch": 8, "repeats": 2, "conv_chunks": [1]}
+
+
+def make_program(model: str, dtype: str, conv_chunks: int) -> steps.Program:
+    """The static part: IL-Baseline with Meta BalancedS-CE on CIFAR-100."""
+    train_images, test_images = steps.augmentation(
+        4, True, 0.0, MEAN, STD, jnp.dtype(dtype)
+    )
+    return steps.Program(
+        model=models.create(model, CLASSES, dtype=dtype, conv_chunks=conv_chunks),
+        terms=(
+            steps.Term("kd", kd.term, {"temperature": 2.0}),
+            steps.Term("softmax_ce", softmax_ce.term, {}),
+        ),
+        optimizer=optim.sgd(momentum=0.9, weight_decay=2e-4),
+        train_images=train_images,
+        test_images=test_images,
+        meta=steps.Meta(
+            optimizer=optim.alpha_optimizer("sgd", 1.0),
+            every=10,
+            inner_learning_rate=0.0,
+            minimum=1e-3,
+            maximum=10.0,
+            batch_norm="train",
+        ),
+    )
+
+
+def make_problem(program: steps.Program, size: int) -> tuple[TrainState, StepContext]:
+    """State and context of the first incremental step, for size x size images."""
+    assert program.meta is not None
+    init = jax.jit(functools.partial(program.model.init, train=False))
+    student, teacher = (
+        init(jax.random.key(seed), jnp.zeros((1, size, size, 3))) for seed in (0, 1)
+    )
+    alpha = jnp.float32(1.0)
+    state = TrainState(
+        params=student["params"],
+        batch_stats=student["batch_stats"],
+        opt_state=program.optimizer.init(student["params"]),
+        alpha=alpha,
+        alpha_opt_state=program.meta.optimizer.init(alpha),
+        extra={},
+    )
+    positions = np.arange(CLASSES)
+    old, seen = positions < OLD, positions < SEEN
+    counts = np.float32(np.where(old, IMAGES_OLD, IMAGES_NEW) * seen)
+    context = StepContext(
+        log_prior=log_prior.balanced(counts),
+        old=old,
+        seen=seen,
+        counts=counts,
+        task_ids=np.int32(positions >= OLD),
+        weights={
+            "kd": np.float32(OLD / SEEN),
+            "softmax_ce": np.float32(1 - OLD / SEEN),
+        },
+        update_scale=optim.update_scale(state.params, seen),
+        teachers=(teacher,),
+    )
+    return state, jax.device_put(context)
+
+
+def random_batch(rows: int, size: int, dtype: str, seed: int) -> Batch:
+    """Normalised random images of all seen classes."""
+    rng = np.random.default_rng(seed)
+    images = rng.normal(size=(rows, size, size, 3))
+    return Batch(
+        images=jnp.asarray(images, jnp.dtype(dtype)),
+        labels=jnp.asarray(rng.integers(0, SEEN, rows), jnp.int32),
+        valid=jnp.ones(rows, jnp.float32),
+    )
+
+
+def functions(program: steps.Program) -> dict[str, Callable]:
+    """The four programs; each takes (state, context, batch, held_out, learning_rate).
+
+    Those that train return the new state, the others the new alpha.
+    """
+
+    def train_step(
+        state: TrainState, context: StepContext, batch: Batch, _: Batch, rate: jax.Array
+    ) -> TrainState:
+        return steps.train_step(program, state, context, batch, rate)[0]
+
+    def gradient(mode: str, *arguments: Any) -> jax.Array:
+        # A run has forward mode alone; the other takes its place while JAX traces.
+        other = functools.partial(meta_alpha.gradient, mode=mode)
+        with mock.patch.object(meta_alpha, "gradient", other):
+            return steps.meta_step(program, *arguments).alpha
+
+    def alpha_and_train_step(
+        state: TrainState,
+        context: StepContext,
+        batch: Batch,
+        held_out: Batch,
+        rate: jax.Array,
+    ) -> TrainState:
+        state = steps.meta_step(program, state, context, batch, held_out, rate)
+        return steps.train_step(program, state, context, batch, rate)[0]
+
+    return {
+        "train_step": train_step,
+        "gradient_forward": functools.partial(gradient, "forward"),
+        "gradient_reverse": functools.partial(gradient, "reverse"),
+        "alpha_and_train_step": alpha_and_train_step,
+    }
+
+
+def compile_program(
+    function: Callable, trains: bool, arguments: tuple[PyTree, ...], calls: int
+) -> tuple[Callable[[], None], dict[str, Any]]:
+    """Compiles a program; returns what runs it and waits, and facts about it.
+
+    Args:
+      function: of `functions`.
+      trains: whether it returns a state, whose buffers it then reuses.
+      arguments: its arguments; the state is copied.
+      calls: runs in a row, before waiting.
+    """
+    start = time.perf_counter()
+    jitted = jax.jit(function, donate_argnums=0 if trains else ())
+    compiled = jitted.lower(*arguments).compile()
+    facts = {
+        "compile_s": round(time.perf_counter() - start, 1),
+        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+    state = jax.tree.map(jnp.copy, arguments[0])
+
+    def run() -> None:
+        nonlocal state
+        for _ in range(calls):
+            result = compiled(state, *arguments[1:])
+            if trains:
+                state = result
+        jax.block_until_ready(result)
+        if not np.isfinite(result.alpha if trains else result):
+            sys.exit("error: alpha is not finite")
+
+    return run, facts
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], None]], repeats: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each in `repeats` rounds over all of them, after a warm-up."""
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def measure(options: argparse.Namespace, conv_chunks: int) -> dict[str, Any]:
+    """Compiles and times the four programs with one setting of the convolutions."""
+    program = make_program(options.model, options.dtype, conv_chunks)
+    arguments = (
+        *make_problem(program, options.size),
+        random_batch(options.batch, options.size, options.dtype, seed=0),
+        random_batch(options.batch, options.size, options.dtype, seed=1),
+        jnp.float32(0.1),
+    )
+    compiled = {
+        name: compile_program(function, "train" in name, arguments, options.calls)
+        for name, function in functions(program).items()
+    }
+    runs = {name: run for name, (run, _) in compiled.items()}
+    times = interleaved(runs, options.repeats)
+    unit, unit_bytes = times["train_step"], compiled["train_step"][1]["temp_bytes"]
+    found: dict[str, Any] = {"conv_chunks": conv_chunks}
+    for name, (_, facts) in compiled.items():
+        pairs = zip(times[name], unit, strict=True)
+        found[name] = {
+            "ms_median": round(statistics.median(times[name]) / options.calls, 3),
+            "ms_min": round(min(times[name]) / options.calls, 3),
+            "time_ratio": round(statistics.median(t / u for t, u in pairs), 3),
+            "time_ratio_of_minima": round(min(times[name]) / min(unit), 3),
+            "temp_mib": round(facts["temp_bytes"] / 2**20, 1),
+            "memory_ratio": round(facts["temp_bytes"] / unit_bytes, 3),
+            "compile_s": facts["compile_s"],
+        }
+    return found
+
+
+def parse_reducible(
+    parser: argparse.ArgumentParser, reduced: Mapping[str, Any]
+) -> argparse.Namespace:
+    """Reads the flags; with --reduced the given defaults take the place of others."""
+    if parser.parse_args().reduced:
+        parser.set_defaults(**reduced)
+    return parser.parse_args()
+
+
+def parse() -> argparse.Namespace:
+    """Reads the flags; fills in what depends on the device."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--size", type=int, default=32, help="of the images, pixels")
+    parser.add_argument("--batch", type=int, default=128, help="images, of B_t too")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeats", type=int, default=7, help="rounds")
+    parser.add_argument(
+        "--calls", type=int, default=0, help="in a round; 0: 1 on CPU, elsewhere 50"
+    )
+    parser.add_argument(
+        "--conv_chunks", type=int, nargs="+", help="default: 1 and the device's default"
+    )
+    parser.add_argument("--reduced", action="store_true", help="tiny sizes")
+    parser.add_argument("--output", help="file for the JSON; else standard output")
+    options = parse_reducible(parser, REDUCED)
+    platform = jax.default_backend()
+    options.calls = options.calls or (1 if platform == "cpu" else 50)
+    chunks = options.conv_chunks or [1, models.convolution.default_chunks(platform)]
+    options.conv_chunks = sorted(set(chunks))
+    return options
+
+
+def report(result: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Prints JSON, or writes it to options.output: the result and what led to it."""
+    full = {
+        **result,
+        "options": {k: v for k, v in vars(options).items() if k != "output"},
+        "command": "python " + shlex.join(sys.argv),
+        "environment": telemetry.environment(),
+    }
+    text = json.dumps(full, indent=2) + "\n"
+    if options.output:
+        pathlib.Path(options.output).write_text(text)
+    else:
+        print(text, end="")
+
+
+def main() -> None:
+    """Measures with each setting of the convolutions, prints or writes JSON."""
+    options = parse()
+    results = [measure(options, chunks) for chunks in options.conv_chunks]
+    report(
+        {"benchmark": "gradient of alpha", "targets": TARGETS, "results": results},
+        options,
+    )
+
+
+if __name__ == "__main__":
+    main()

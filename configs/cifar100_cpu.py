@@ -1,0 +1,46 @@
+"""A reduced CIFAR-100 B50 run that shows the paper's effect on two CPU cores.
+
+    python -m bsce_jax.main --config configs/cifar100_cpu.py:prior=balanced
+
+What is cut against configs/cifar100.py: images of 16x16 pixels instead of 32x32, the
+first 100 training images of each class instead of 500, ResNet-20 instead of ResNet-32,
+and 30 and 20 epochs instead of 250. Test images are all 10,000 (at 16x16). So the
+accuracies are far below the paper's; the comparison between priors is the point.
+"""
+
+from ml_collections import ConfigDict
+
+from bsce_jax.config import method_module, parse_arguments
+from bsce_jax.defaults import default_config
+
+ARGUMENTS = {
+    "prior": "balanced",
+    "steps": 5,
+    "memory": 5,
+    "seed": 0,
+    "alpha": 1.0,
+}
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    """CIFAR-100 at 16x16, 100 images a class."""
+    given = parse_arguments(argument, ARGUMENTS)
+    config = default_config()
+    config.data.name = "cifar100"
+    config.data.image_size = 16
+    config.data.padding = 2
+    config.data.max_per_class = 100
+    config.data.nominal_per_class = 100
+    config.scenario.base_classes = 50
+    config.scenario.steps = given["steps"]
+    config.memory.per_class = given["memory"]
+    config.seed = given["seed"]
+    config.prior = given["prior"]
+    config.alpha = given["alpha"]
+    method_module(__file__, "il_baseline").configure(config, "cifar100")
+    config.model.name = "resnet20"
+    optim = config.optim
+    optim.base_epochs, optim.base_milestones = 40, (20, 30)
+    optim.epochs, optim.milestones = 20, (10, 15)
+    optim.base_learning_rate = 0.1
+    return config

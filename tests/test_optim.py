@@ -1,0 +1,196 @@
+"""Optimisers against PyTorch's SGD written out in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bsce_jax import optim
+from tests.tiny import TinyNet
+
+SHAPES = {"conv": {"kernel": (3, 2)}, "head": {"kernel": (2, 5), "bias": (5,)}}
+RATES = (0.1, 0.1, 0.01, 0.5, 0.03)
+
+
+def random(seed: int) -> dict:
+    """Float64 arrays of SHAPES."""
+    rng = np.random.default_rng(seed)
+    return {
+        module: {name: rng.normal(size=shape) for name, shape in leaves.items()}
+        for module, leaves in SHAPES.items()
+    }
+
+
+def torch_sgd(params, gradients, rates, momentum, decay, scale):
+    """torch.optim.SGD (no dampening, no Nesterov), an update times `scale`.
+
+    Every update: g += decay * p; buffer = g at first, then momentum * buffer + g;
+    p -= rate * buffer. All in float64.
+    """
+    params = {key: value.copy() for key, value in params.items()}
+    buffers: dict = {}
+    for gradient, rate in zip(gradients, rates, strict=True):
+        for key in params:
+            g = gradient[key] + decay * params[key]
+            buffers[key] = g if key not in buffers else momentum * buffers[key] + g
+            params[key] = params[key] - rate * np.float64(scale[key]) * buffers[key]
+    return params
+
+
+def flat(tree) -> dict:
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def update(momentum, decay, params, state, gradient, rate, scale):
+    direction, state = optim.sgd(momentum, decay).update(gradient, state, params)
+    return optim.apply(params, direction, rate, scale), state
+
+
+def train(momentum, decay, params, gradients, rates, scale):
+    state = optim.sgd(momentum, decay).init(params)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        rate = np.asarray(rate, params["conv"]["kernel"].dtype)
+        params, state = update(momentum, decay, params, state, gradient, rate, scale)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("momentum", "decay"), [(0.9, 2e-4), (0.9, 0.5), (0.0, 0.1), (0.5, 0.0)]
+)
+def test_sgd_is_pytorchs(x64, momentum, decay):
+    params = random(0)
+    gradients = [random(i) for i in range(1, len(RATES) + 1)]
+    ones = jax.tree.map(lambda p: np.ones((1,) * p.ndim, np.float32), params)
+    found = flat(train(momentum, decay, params, gradients, RATES, ones))
+    expected = torch_sgd(
+        flat(params),
+        [flat(g) for g in gradients],
+        RATES,
+        momentum,
+        decay,
+        flat(ones),
+    )
+    assert found.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], rtol=1e-13)
+        assert found[key].dtype == np.float64
+
+
+def test_rows_that_are_not_trained_stay_still_against_decay_and_momentum():
+    """In float32, bit for bit; what is trained moves as if they were not there."""
+    params = jax.tree.map(np.float32, random(0))
+    gradients = [jax.tree.map(np.float32, random(i)) for i in (1, 2, 3)]
+    trained = np.array([True, False, True, True, False])
+    scale = optim.update_scale(params, trained)
+    found = flat(train(0.9, 0.5, params, gradients, RATES[:3], scale))
+    expected = torch_sgd(
+        flat(jax.tree.map(np.float64, params)),
+        [flat(jax.tree.map(np.float64, g)) for g in gradients],
+        RATES[:3],
+        0.9,
+        0.5,
+        flat(scale),
+    )
+    before = flat(params)
+    for key in expected:
+        np.testing.assert_allclose(found[key], expected[key], rtol=1e-5)
+        assert found[key].dtype == np.float32
+        if "head" in key:
+            np.testing.assert_array_equal(
+                found[key][..., ~trained], before[key][..., ~trained]
+            )
+            assert (found[key][..., trained] != before[key][..., trained]).all()
+        else:
+            assert (found[key] != before[key]).all()
+
+
+def test_a_scale_between_0_and_1_is_a_learning_rate_of_its_own():
+    params = {"a": np.ones(2, np.float32)}
+    direction = {"a": np.array([1.0, 2.0], np.float32)}
+    scale = {"a": np.array([0.5, 1.0], np.float32)}
+    rate = np.float32(0.25)
+    found = jax.jit(optim.apply)(params, direction, rate, scale)
+    np.testing.assert_array_equal(found["a"], [1 - 0.25 * 0.5, 1 - 0.25 * 2])
+
+
+def test_the_state_of_the_optimiser_starts_at_zero():
+    state = optim.sgd(0.9, 1.0).init(random(0))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(state))
+
+
+def test_update_scale_follows_the_class_axis_of_the_head():
+    trained = np.array([True, True, False, False, False])
+    network = TinyNet(5)
+    shapes = jax.eval_shape(
+        functools.partial(network.init, train=False),
+        jax.random.key(0),
+        jnp.zeros((1, 8, 8, 1)),
+    )["params"]
+    scale = optim.update_scale(shapes, trained)
+    assert jax.tree.structure(scale) == jax.tree.structure(shapes)
+    assert set(scale["head"]) == {"kernel", "bias"}
+    for (path, factor), value in zip(
+        jax.tree_util.tree_leaves_with_path(scale), jax.tree.leaves(shapes), strict=True
+    ):
+        assert factor.ndim == value.ndim and factor.dtype == np.float32
+        np.broadcast_to(factor, value.shape)
+        if path[0].key == "head":
+            assert factor.shape[-1] == 5 and set(factor.shape[:-1]) <= {1}
+            np.testing.assert_array_equal(factor.reshape(-1), trained)
+        else:
+            assert factor.size == 1 and factor.item() == 1
+
+
+def test_another_name_of_the_head():
+    params = {"head": {"w": np.zeros((2, 3))}, "proxies": {"w": np.zeros((2, 3))}}
+    scale = optim.update_scale(params, np.array([True, False, True]), head="proxies")
+    assert scale["head"]["w"].shape == (1, 1)
+    np.testing.assert_array_equal(scale["proxies"]["w"], [[1, 0, 1]])
+
+
+def test_the_optimisers_of_alpha():
+    alpha = np.float32(1.0)
+    gradients = np.array([0.5, -0.25, 2.0], np.float32)
+    for name, expected in (
+        ("sgd", [1 - 0.1 * 0.5, 1 - 0.1 * 0.25, 1 - 0.1 * 2.25]),
+        # Adam's first update is the sign of the gradient, whatever its size.
+        ("adam", [0.9, None, None]),
+    ):
+        optimizer = optim.alpha_optimizer(name, 0.1)
+        value, state = alpha, optimizer.init(alpha)
+        for gradient, wanted in zip(gradients, expected, strict=True):
+            step = jax.jit(optimizer.update)
+            change, state = step(gradient, state, value)
+            value = np.asarray(optax.apply_updates(value, change))
+            if wanted is not None:
+                np.testing.assert_allclose(value, wanted, rtol=1e-6)
+
+
+def test_step_decay_at_the_milestones():
+    rates = [optim.step_decay(0.1, e, (2, 5), 0.1) for e in range(7)]
+    np.testing.assert_allclose(rates, [0.1, 0.1, 0.01, 0.01, 0.01, 0.001, 0.001])
+    assert optim.step_decay(0.1, 10, (), 0.1) == 0.1
+    np.testing.assert_allclose(optim.step_decay(0.1, 3, (3, 3), 0.5), 0.025)
+
+
+@given(
+    milestones=st.lists(st.integers(1, 30), max_size=4).map(sorted),
+    decay=st.floats(0.01, 1.0),
+)
+def test_step_decay_is_the_schedule_run_epoch_by_epoch(milestones, decay):
+    """MultiStepLR multiplies when its own count of epochs reaches a milestone."""
+    rate = 0.1
+    for epoch in range(32):
+        rate *= decay ** milestones.count(epoch)
+        np.testing.assert_allclose(
+            optim.step_decay(0.1, epoch, milestones, decay), rate, rtol=1e-12
+        )
