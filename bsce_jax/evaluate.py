@@ -74,7 +74,9 @@ def _over_batches(
         parallel.unshard(programs.parallel, outputs, size)
         for outputs, size in zip(pending, sizes, strict=True)
     ]
-    return tuple(np.concatenate([out[0] for out in outs]) for outs in zip(*fetched))
+    return tuple(
+        np.concatenate([out[0] for out in outs]) for outs in zip(*fetched, strict=True)
+    )
 
 
 def select_exemplars(

@@ -26,7 +26,6 @@ from bsce_jax import (
     startup,
     training,
 )
-
 from bsce_jax import plan as planning
 from bsce_jax import programs as compiled
 from bsce_jax.config import config_hash, flatten, term_weight

@@ -36,7 +36,7 @@ class Monitor:
         self._timeline: telemetry.Timeline | None = None
 
     def start(self, update: int) -> None:
-        """Opens the display; `update` of the run is the first that this process does."""
+        """Opens the display; this process begins at `update` of the run."""
         self._done = update
         self._progress = telemetry.Progress(
             self._total, update, seconds=self._log_seconds

@@ -61,6 +61,7 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
+        """No signal yet; handlers are installed on entry."""
         self.number = 0
         self._previous: dict[int, object] = {}
 
@@ -69,12 +70,14 @@ class StopSignal:
         return self.number != 0
 
     def __enter__(self) -> "StopSignal":
+        """Installs the handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        """Restores the earlier handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-import jax
 from flax import struct
 
 PyTree = Any
-Array = jax.Array
+# jax.Array on the devices, numpy.ndarray before it is placed there.
+Array = Any
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that training changes, checkpointed as one pytree.
 
     Attributes:
@@ -30,8 +29,7 @@ class TrainState:
     extra: PyTree
 
 
-@struct.dataclass
-class StepContext:
+class StepContext(struct.PyTreeNode):
     """What is constant within an incremental step: new values, never a new program.
 
     Attributes:
@@ -55,8 +53,7 @@ class StepContext:
     teachers: tuple[PyTree, ...]
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """One batch on the devices.
 
     Attributes:
@@ -70,16 +67,14 @@ class Batch:
     valid: Array
 
 
-@struct.dataclass
-class Images:
+class Images(struct.PyTreeNode):
     """A data set on the devices: uint8 images [N, H, W, channels], int32 labels [N]."""
 
     images: Array
     labels: Array
 
 
-@struct.dataclass
-class Rows:
+class Rows(struct.PyTreeNode):
     """Rows of consecutive batches of a plan, each [U, B]; U updates in one call.
 
     Attributes:
@@ -93,8 +88,7 @@ class Rows:
     numbers: Array
 
 
-@struct.dataclass
-class Schedule:
+class Schedule(struct.PyTreeNode):
     """What changes from update to update, [U] each, replicated.
 
     Attributes:

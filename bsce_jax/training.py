@@ -154,6 +154,7 @@ class StopRequested(Exception):  # noqa: N818
     """The run was asked to end and has saved."""
 
     def __init__(self, step: int, update: int) -> None:
+        """Names the step and the update after which the run has saved."""
         super().__init__(f"stopped in step {step} after update {update}; saved")
 
 

@@ -39,5 +39,5 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.alpha = given["alpha"]
     config.epsilon = given["epsilon"]
     method_module(__file__, given["method"]).configure(config, "digits")
-    config.model.conv_chunks = 1  # for images this small chunks cost more than they save
+    config.model.conv_chunks = 1  # chunks do not pay for images this small
     return config

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -143,10 +144,10 @@ def test_a_loop_of_updates_equals_single_calls(x64):
     plain = compiled(dataclasses.replace(tested, meta=None), "jit", one)
     with_alpha = compiled(tested, "jit", one)
     for u in range(UPDATES):
-        at = functools.partial(jax.tree.map, lambda x: x[u : u + 1])
+        at = functools.partial(jax.tree.map, operator.itemgetter(slice(u, u + 1)))
         single = plain if u % tested.meta.every else with_alpha
         group = u // tested.meta.every
-        held = jax.tree.map(lambda x: x[group : group + 1], held_out)
+        held = jax.tree.map(operator.itemgetter(slice(group, group + 1)), held_out)
         state, new = single(state, context, data, at(schedule), at(rows), held)
         np.testing.assert_allclose(new["loss"][0], metrics["loss"][u], rtol=1e-9)
     assert_close(state, looped, 1e-9)
