@@ -306,8 +306,17 @@ def measure_ours(
     """
     import numpy as np
 
-    from bsce_jax import experiment, parallel, plan, programs, scenario, training
+    from bsce_jax import (
+        experiment,
+        parallel,
+        plan,
+        programs,
+        scenario,
+        session,
+        training,
+    )
     from bsce_jax.config import resolve
+    from bsce_jax.context import make_context
     from bsce_jax.state import Images
 
     file = "digits.py" if options.reduced else "cifar100.py"
@@ -331,14 +340,14 @@ def measure_ours(
     devices = parallel.create(config.parallel)
     compiled = programs.build(config, devices, classes)
     data = parallel.replicate(devices, Images(images, labels))
-    run = experiment.Run(
+    run = session.Run(
         config, options.output.parent, dataset, compiled, data, data, {}, None
     )
-    progress = experiment.initial(run)
+    progress = session.initial(run)
     if variant == "incremental":
         progress = experiment.begin(run, progress, 1)
-    step = experiment.planned_steps(config, dataset)[progress.step]
-    context = experiment.make_context(run, progress, step)
+    step = plan.planned_steps(config, dataset)[progress.step]
+    context = make_context(run, progress, step)
     marks = [(time.perf_counter(), 0)]
 
     def after_call(history: training.History, images: int) -> bool:

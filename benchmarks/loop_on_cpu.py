@@ -3,7 +3,7 @@
 On accelerators one call runs many updates in a compiled loop, which spares the host.
 On CPU one call runs one update, because XLA:CPU has no fast path for the backward
 pass of a convolution inside a loop. This measures both ways to run the same updates
-(`steps.make_train_update`), one after the other, and prints JSON: milliseconds an
+(`updates.make_train_update`), one after the other, and prints JSON: milliseconds an
 update, and `ratio`, the loop's time over the host's.
 
     python benchmarks/loop_on_cpu.py
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import meta_gradient
 import numpy as np
 
-from bsce_jax import models, steps
+from bsce_jax import models, steps, updates
 from bsce_jax.state import Images, PyTree, Rows, Schedule
 
 REDUCED = {"size": 8, "batch": 8, "updates": 3, "repeats": 2, "conv_chunks": 1}
@@ -67,7 +67,7 @@ def compile_update(
       calls: one for a loop, else the number of updates.
     """
     start = time.perf_counter()
-    update = jax.jit(steps.make_train_update(program), donate_argnums=0)
+    update = jax.jit(updates.make_train_update(program), donate_argnums=0)
     compiled = update.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     state = jax.tree.map(jnp.copy, arguments[0])
@@ -87,12 +87,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     state, context = meta_gradient.make_problem(program, options.size)
     data = random_images(4 * options.batch, options.size)
     runs, found = {}, {}
-    for name, updates in (("host", 1), ("loop", options.updates)):
-        schedule, rows = plan(updates, options.batch, len(data.labels))
-        arguments = (state, context, data, jnp.int32(updates), schedule, rows)
-        calls = options.updates // updates
+    for name, count in (("host", 1), ("loop", options.updates)):
+        schedule, rows = plan(count, options.batch, len(data.labels))
+        arguments = (state, context, data, jnp.int32(count), schedule, rows)
+        calls = options.updates // count
         runs[name], seconds = compile_update(program, arguments, calls)
-        found[name] = {"updates_per_call": updates, "compile_s": round(seconds, 1)}
+        found[name] = {"updates_per_call": count, "compile_s": round(seconds, 1)}
     times = meta_gradient.interleaved(runs, options.repeats)
     for name, values in times.items():
         values[:] = [value / options.updates for value in values]

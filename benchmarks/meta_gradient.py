@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsce_jax import log_prior, meta_alpha, models, optim, steps, telemetry
+from bsce_jax.data import augment
 from bsce_jax.losses import kd, softmax_ce
 from bsce_jax.state import Batch, PyTree, StepContext, TrainState
 
@@ -51,9 +52,8 @@ REDUCED = {"model": "resnet8", "size": 8, "batch": 8, "repeats": 2, "conv_chunks
 
 def make_program(model: str, dtype: str, conv_chunks: int) -> steps.Program:
     """The static part: IL-Baseline with Meta BalancedS-CE on CIFAR-100."""
-    train_images, test_images = steps.augmentation(
-        4, True, 0.0, MEAN, STD, jnp.dtype(dtype)
-    )
+    pixels = {"mean": MEAN, "std": STD, "dtype": jnp.dtype(dtype)}
+    train = {"padding": 4, "flip": True, "brightness": 0.0, **pixels}
     return steps.Program(
         model=models.create(model, CLASSES, dtype=dtype, conv_chunks=conv_chunks),
         terms=(
@@ -61,8 +61,8 @@ def make_program(model: str, dtype: str, conv_chunks: int) -> steps.Program:
             steps.Term("softmax_ce", softmax_ce.term, {}),
         ),
         optimizer=optim.sgd(momentum=0.9, weight_decay=2e-4),
-        train_images=train_images,
-        test_images=test_images,
+        train_images=functools.partial(augment.train_images, **train),
+        test_images=functools.partial(augment.test_images, **pixels),
         meta=steps.Meta(
             optimizer=optim.alpha_optimizer("sgd", 1.0),
             every=10,

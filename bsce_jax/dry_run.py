@@ -6,7 +6,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bsce_jax import experiment, training
+from bsce_jax import experiment, session, training
+from bsce_jax import plan as planning
+from bsce_jax.context import make_context
 from bsce_jax.log_prior import EXCLUDED
 
 
@@ -21,14 +23,14 @@ def describe(config: ConfigDict, workdir: str) -> str:
       UserError: as for the run itself.
     """
     run = experiment.prepare(config, workdir)
-    progress = experiment.initial(run)
+    progress = session.initial(run)
     lines = [
         "step  classes  images  exemplars  images a class  log-prior      updates",
         "----  -------  ------  ---------  --------------  -------------  -------",
     ]
     updates = 0
-    for data in experiment.planned_steps(config, run.dataset):
-        context = experiment.make_context(run, progress, data)
+    for data in planning.planned_steps(config, run.dataset):
+        context = make_context(run, progress, data)
         prior = np.asarray(context.log_prior)
         prior = prior[prior > EXCLUDED]
         counts = data.counts[: data.num_seen]
@@ -51,11 +53,11 @@ def describe(config: ConfigDict, workdir: str) -> str:
     return "\n".join(lines)
 
 
-def _measure(run: experiment.Run, progress: experiment.Progress) -> tuple[float, str]:
+def _measure(run: session.Run, progress: session.Progress) -> tuple[float, str]:
     """Seconds of a base update (median of five calls) and its device memory."""
-    data = experiment.planned_steps(run.config, run.dataset)[0]
+    data = planning.planned_steps(run.config, run.dataset)[0]
     plan = training.make_plan(run.config, data)
-    context = experiment.make_context(run, progress, data)
+    context = make_context(run, progress, data)
     width = run.programs.updates_per_call
     state, seconds = progress.state, []
     for call in range(6):

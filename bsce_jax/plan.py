@@ -189,6 +189,16 @@ def step_data(
     return StepData(step, num_old, group.stop, train, held_out, counts, num_old * size)
 
 
+def planned_steps(config: ConfigDict, dataset: Dataset) -> list[StepData]:
+    """Every step's data, with stand-ins for exemplars that are not chosen yet."""
+    ranking = empty_ranking(config, dataset)
+    for position in range(dataset.num_classes):
+        images = np.flatnonzero(dataset.train_labels == position)
+        ranking[position] = images[: ranking.shape[1]]
+    steps = range(len(dataset.groups))
+    return [step_data(config, dataset, ranking, step) for step in steps]
+
+
 _HELD_OUT = 1  # keeps this stream of random numbers apart from the epoch orders'
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
-from bsce_jax import checkpoint, log_prior, parallel, programs, steps
+from bsce_jax import checkpoint, log_prior, parallel, programs
 from bsce_jax.errors import UserError
 from bsce_jax.report import results as results_file
 from bsce_jax.state import PyTree
@@ -95,9 +94,7 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
 def _probabilities(
     config: ConfigDict, model: nn.Module, network: PyTree, num_seen: int
 ) -> Callable[[np.ndarray], jax.Array]:
-    dtype = jnp.dtype(config.model.dtype)
-    mean, std = tuple(config.data.mean), tuple(config.data.std)
-    _, test_images = steps.augmentation(0, False, 0.0, mean, std, dtype)
+    test_images = programs.test_transform(config)
     seen = np.arange(model.num_classes) < num_seen
 
     @jax.jit

@@ -11,7 +11,8 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bsce_jax import models, optim, parallel, steps
+from bsce_jax import models, optim, parallel, steps, updates
+from bsce_jax.data import augment
 from bsce_jax.models import convolution
 from bsce_jax.state import PyTree
 
@@ -23,7 +24,7 @@ class Programs:
     Attributes:
       parallel: the devices.
       model: the network.
-      base_update, incremental_update, meta_update: see steps.make_train_update and
+      base_update, incremental_update, meta_update: see updates.make_train_update and
         make_meta_update; the base program has neither teacher nor old classes.
       evaluate, features: see steps.make_evaluate and make_features.
       optimizer, alpha_optimizer: optax.
@@ -49,20 +50,12 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
       UserError: an unknown network or loss.
     """
     model = build_model(config, devices, num_classes)
-    train_images, test_images = steps.augmentation(
-        config.data.padding,
-        config.data.flip,
-        config.data.brightness,
-        tuple(config.data.mean),
-        tuple(config.data.std),
-        jnp.dtype(config.model.dtype),
-    )
     program = steps.Program(
         model=model,
         terms=_terms(config, base=False),
         optimizer=optim.sgd(config.optim.momentum, config.optim.weight_decay),
-        train_images=train_images,
-        test_images=test_images,
+        train_images=train_transform(config),
+        test_images=test_transform(config),
         meta=_meta(config) if config.prior == "meta" else None,
     )
     base = dataclasses.replace(program, terms=_terms(config, base=True), meta=None)
@@ -82,14 +75,14 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
     meta_update = None
     if program.meta is not None:
         meta_update = update(
-            steps.make_meta_update(program), "meta_update", (*update_inputs, rows)
+            updates.make_meta_update(program), "meta_update", (*update_inputs, rows)
         )
     return Programs(
         parallel=devices,
         model=model,
-        base_update=update(steps.make_train_update(base), "base_update"),
+        base_update=update(updates.make_train_update(base), "base_update"),
         incremental_update=update(
-            steps.make_train_update(program), "incremental_update"
+            updates.make_train_update(program), "incremental_update"
         ),
         meta_update=meta_update,
         evaluate=compiled(
@@ -109,6 +102,30 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
             config.meta.optimizer, config.meta.learning_rate
         ),
         updates_per_call=updates_per_call(config, devices),
+    )
+
+
+def train_transform(config: ConfigDict) -> Callable:
+    """(uint8 images, key, rows) -> augmented, normalised images."""
+    data = config.data
+    return functools.partial(
+        augment.train_images,
+        padding=data.padding,
+        flip=data.flip,
+        brightness=data.brightness,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        dtype=jnp.dtype(config.model.dtype),
+    )
+
+
+def test_transform(config: ConfigDict) -> Callable:
+    """uint8 images -> normalised images."""
+    return functools.partial(
+        augment.test_images,
+        mean=tuple(config.data.mean),
+        std=tuple(config.data.std),
+        dtype=jnp.dtype(config.model.dtype),
     )
 
 
@@ -159,10 +176,10 @@ def updates_per_call(config: ConfigDict, devices: parallel.Parallel) -> int:
     With the meta prior on an accelerator it is a multiple of meta.every, because a
     call then starts with an update of alpha.
     """
-    updates = config.updates_per_call or (1 if devices.platform == "cpu" else 50)
-    if config.prior == "meta" and updates > 1:
-        updates = -(-updates // config.meta.every) * config.meta.every
-    return updates
+    count = config.updates_per_call or (1 if devices.platform == "cpu" else 50)
+    if config.prior == "meta" and count > 1:
+        count = -(-count // config.meta.every) * config.meta.every
+    return count
 
 
 def _terms(config: ConfigDict, base: bool) -> tuple[steps.Term, ...]:

@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from bsce_jax import log_prior, meta_alpha, optim, parallel, steps
+from bsce_jax import log_prior, meta_alpha, optim, parallel, steps, updates
+from bsce_jax.data import augment
 from bsce_jax.losses import kd, softmax_ce
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 from bsce_jax.state import Images, Rows, Schedule, StepContext, TrainState
@@ -20,7 +21,7 @@ CLASSES, OLD, SEEN, BATCH, UPDATES = 6, 3, 5, 12, 3
 
 
 def program(dtype, meta=True) -> steps.Program:
-    train_images, test_images = steps.augmentation(1, True, 0.0, (0.5,), (0.5,), dtype)
+    pixels = {"mean": (0.5,), "std": (0.5,), "dtype": dtype}
     return steps.Program(
         model=TinyNet(CLASSES, dtype),
         terms=(
@@ -28,8 +29,10 @@ def program(dtype, meta=True) -> steps.Program:
             steps.Term("softmax_ce", softmax_ce.term, {}),
         ),
         optimizer=optim.sgd(0.9, 2e-4),
-        train_images=train_images,
-        test_images=test_images,
+        train_images=functools.partial(
+            augment.train_images, padding=1, flip=True, brightness=0.0, **pixels
+        ),
+        test_images=functools.partial(augment.test_images, **pixels),
         meta=steps.Meta(optax.sgd(1.0), 2, 0.0, 1e-3, 10.0, "train") if meta else None,
     )
 
@@ -87,10 +90,10 @@ def compiled(program, mode, devices):
     """One call of `program` on host arrays, compiled once."""
     place = parallel.create(mode, devices)
     whole, split = "replicated", "batch"
-    function = steps.make_train_update(program)
+    function = updates.make_train_update(program)
     inputs: list = [whole, whole, whole, whole, whole, split]
     if program.meta is not None:
-        function = steps.make_meta_update(program)
+        function = updates.make_meta_update(program)
         inputs.append(split)
     update = parallel.compile_step(
         place, function, name="update", inputs=inputs, outputs=(whole, whole)
@@ -157,7 +160,9 @@ def test_fewer_updates_than_the_plan_holds(x64):
     tested = program(jnp.float64)
     state, context, data, schedule, rows, held_out = example(tested, np.float64)
     place = parallel.create("jit", jax.devices()[:1])
-    update = jax.jit(functools.partial(steps.make_meta_update(tested), axis_name=None))
+    update = jax.jit(
+        functools.partial(updates.make_meta_update(tested), axis_name=None)
+    )
     whole = parallel.replicate(place, (state, context, data))
     full = update(*whole, 3, schedule, rows, held_out)
     part = update(*whole, 1, schedule, rows, held_out)
@@ -259,7 +264,7 @@ def test_randomness_depends_on_seed_step_epoch_and_update():
             **{name: jnp.asarray([v]) for name, v in values.items()},
             learning_rate=jnp.zeros(1),
         )
-        return tuple(jax.random.key_data(steps._key(schedule, 0, 0)).tolist())
+        return tuple(jax.random.key_data(updates._key(schedule, 0, 0)).tolist())
 
     assert key() == key()
     changed = [key(**{name: 7}) for name in ("seed", "step", "epoch", "update")]

@@ -1,0 +1,218 @@
+"""A run and where it stands: what a checkpoint holds, saving it and going on."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from bsce_jax import checkpoint, parallel, training
+from bsce_jax import plan as planning
+from bsce_jax import programs as compiled
+from bsce_jax.errors import UserError
+from bsce_jax.monitor import Monitor
+from bsce_jax.report import results as results_file
+from bsce_jax.state import Images, PyTree, TrainState
+
+logger = logging.getLogger("bsce_jax")
+
+
+@dataclasses.dataclass
+class Run:
+    """A run's fixed parts and its progress so far."""
+
+    config: ConfigDict
+    workdir: epath.Path
+    dataset: planning.Dataset
+    programs: compiled.Programs
+    train: Images
+    test: Images
+    results: dict[str, Any]
+    monitor: Monitor
+
+    @property
+    def checkpoints(self) -> epath.Path:
+        """Folder of the numbered checkpoints."""
+        return self.workdir / "checkpoints"
+
+
+@dataclasses.dataclass
+class Progress:
+    """What changes over the steps: exactly what a checkpoint holds.
+
+    Attributes:
+      step: the current step.
+      finished: whether the step is trained, evaluated and its exemplars chosen.
+      before: updates of all earlier steps.
+      history: of the current step.
+      state: training state on the devices.
+      teacher: {"params", "batch_stats"} of the step before (of the initial network
+        in the base step, where nothing reads it).
+      ranking: int32 [C, M], exemplars of each class in order of choice.
+    """
+
+    step: int
+    finished: bool
+    before: int
+    history: training.History
+    state: TrainState
+    teacher: PyTree
+    ranking: np.ndarray
+
+
+def initial(run: Run) -> Progress:
+    """Fresh parameters; the base step not begun."""
+    config, programs = run.config, run.programs
+    variables = compiled.init_model(
+        programs.model, run.dataset.train_images.shape[1:], config.seed
+    )
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    state = TrainState(
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=programs.optimizer.init(params),
+        alpha=np.float32(1.0),
+        alpha_opt_state=programs.alpha_optimizer.init(np.float32(1.0)),
+        extra={},
+    )
+    return Progress(
+        step=0,
+        finished=False,
+        before=0,
+        history=training.History(),
+        state=parallel.replicate(programs.parallel, jax.device_get(state)),
+        teacher=copy_network(run, state),
+        ranking=planning.empty_ranking(config, run.dataset),
+    )
+
+
+def copy_network(run: Run, state: TrainState) -> PyTree:
+    """A copy of the network, safe from the reuse of the state's buffers."""
+    network = {"params": state.params, "batch_stats": state.batch_stats}
+    return parallel.replicate(run.programs.parallel, jax.device_get(network))
+
+
+def save(run: Run, progress: Progress, finished: bool) -> None:
+    """Writes a checkpoint; after a finished step also results.json."""
+    progress.finished = finished
+    run.monitor.flush()
+    number = progress.before + progress.history.updates + progress.step + finished
+    arrays = {
+        "state": progress.state,
+        "teacher": progress.teacher,
+        "ranking": progress.ranking,
+    }
+    meta = {
+        "permanent": finished,
+        "step": progress.step,
+        "finished": finished,
+        "before": progress.before,
+        "history": dataclasses.asdict(progress.history),
+        "results": run.results,
+    }
+    checkpoint.save(
+        run.checkpoints, number, arrays, meta, keep=run.config.checkpoint.keep
+    )
+    if finished:
+        results_file.write(run.workdir, run.results)
+
+
+def restore(run: Run) -> Progress:
+    """Continues from the newest intact checkpoint, or starts.
+
+    Raises:
+      UserError: the workdir belongs to another configuration.
+    """
+    progress = initial(run)
+    for number in reversed(checkpoint.numbers(run.checkpoints)):
+        try:
+            theirs = checkpoint.read_meta(run.checkpoints, number)["results"]
+        except checkpoint.DamagedError:
+            continue  # reported below
+        if theirs["config_hash"] != run.results["config_hash"]:
+            changed = _differences(theirs["config"], run.results["config"])
+            raise UserError(
+                f"workdir {run.workdir} belongs to another configuration ({changed}): "
+                "give another --workdir"
+            )
+        break
+    found = checkpoint.latest(run.checkpoints, _arrays(progress))
+    if found is None:
+        return take_over(run, progress) if run.config.init_from else progress
+    place = run.programs.parallel
+    for name in ("status", "steps", "summary"):
+        run.results[name] = found.meta["results"][name]
+    progress = Progress(
+        step=found.meta["step"],
+        finished=found.meta["finished"],
+        before=found.meta["before"],
+        history=training.History(**found.meta["history"]),
+        state=parallel.replicate(place, found.arrays["state"]),
+        teacher=parallel.replicate(place, found.arrays["teacher"]),
+        ranking=found.arrays["ranking"],
+    )
+    logger.info(
+        "continuing in step %d after its update %d",
+        progress.step,
+        progress.history.updates,
+    )
+    if progress.finished:
+        results_file.write(run.workdir, run.results)
+    return progress
+
+
+def _arrays(progress: Progress) -> dict[str, Any]:
+    arrays = {
+        "state": progress.state,
+        "teacher": progress.teacher,
+        "ranking": progress.ranking,
+    }
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    names = sorted(
+        name
+        for name in theirs.keys() | ours.keys()
+        if theirs.get(name) != ours.get(name)
+    )
+    shown = [f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:3]]
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    return "; ".join(shown) + more
+
+
+def take_over(run: Run, progress: Progress) -> Progress:
+    """Starts from the trained network of config.init_from's base step.
+
+    Only the network and its history are taken: exemplars are chosen and the accuracy
+    is measured by this run, as after a base step of its own.
+
+    Raises:
+      UserError: there is no finished base step, or it is not the same one.
+    """
+    where = f"config.init_from={run.config.init_from!r}"
+    folder = epath.Path(run.config.init_from)
+    theirs = results_file.read(folder)
+    if theirs["base_hash"] != run.results["base_hash"]:
+        changed = _differences(theirs["config"], run.results["config"])
+        raise UserError(f"{where}: its base step is another one ({changed})")
+    variables = {
+        "params": progress.state.params,
+        "batch_stats": progress.state.batch_stats,
+    }
+    for number in checkpoint.numbers(folder / "checkpoints"):
+        meta = checkpoint.read_meta(folder / "checkpoints", number)
+        if meta["step"] == 0 and meta["finished"]:
+            found = checkpoint.restore(
+                folder / "checkpoints", number, {"state": variables}, partial=True
+            )
+            network = parallel.replicate(run.programs.parallel, found.arrays["state"])
+            return dataclasses.replace(
+                progress,
+                state=progress.state.replace(**network),
+                history=training.History(**found.meta["history"]),
+            )
+    raise UserError(f"{where}: its base step is not finished")
