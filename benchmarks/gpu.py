@@ -2,14 +2,13 @@
 
     python benchmarks/gpu.py --output gpu_results [--data_dir TFDS_FOLDER]
 
-Stages, in this order (--stages names some of them):
+Stages, in this order (--stages names some of them, separated by commas):
 
-    speed      images/s in training, against PyTorch (where it is installed) on the
-               same device: data on the device, augmentation, all that a run does
+    speed      images/s of short runs, and of PyTorch (if installed) at a base step
     meta       time and memory of the gradient of alpha (benchmarks/meta_gradient.py)
     none, balanced, meta_run
-               whole runs of the paper's CIFAR-100 protocol (B50, 5 steps, 250 epochs)
-               with the softmax, BalancedS-CE and Meta BalancedS-CE, beside the paper's
+               the paper's CIFAR-100 protocol (B50, 5 steps, 250 epochs) with the
+               softmax, BalancedS-CE and Meta BalancedS-CE, beside the paper's
                accuracies; a base step that one run has finished serves the others
 
 A stage consists of tasks, each a process of its own. The folder --output gets
@@ -24,40 +23,30 @@ so long, give --limit_seconds and repeat it. Exit status: 0 all done, 1 a task f
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
-import runpy
 import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("speed", "meta", "none", "balanced", "meta_run")
 # Average incremental accuracy of IL-Baseline with 5 steps (Jodelet et al., Table 1).
 PAPER = {"none": 43.80, "balanced": 62.22, "meta_run": 64.11}
-SPEED = (  # library-type-variant; PyTorch does what our base step does
-    "bsce_jax-bfloat16-base",
-    "torch-bfloat16-eager",
-    "bsce_jax-float32-base",
-    "torch-float32-eager",
-    "torch-bfloat16-compile",
-    "torch-bfloat16-graphs",
-    "bsce_jax-bfloat16-incremental",
-)
+DTYPES = ("bfloat16", "float32")  # float32 is TF32 on GPUs, in JAX and in PyTorch
+# Eager, and in two modes of torch.compile; the last one replays CUDA graphs.
+TORCH = (*DTYPES, "bfloat16-compile-default", "bfloat16-compile-reduce-overhead")
 GRACE = 30.0  # seconds that a task gets to save and end
-STOPPED = (-signal.SIGTERM, 128 + signal.SIGTERM, -signal.SIGKILL)
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A process that leaves a JSON file `result` if it succeeds."""
 
     name: str
@@ -68,53 +57,67 @@ class Task:
 
 def tasks(options: argparse.Namespace) -> Iterator[Task]:
     """The tasks of the chosen stages, each made when those before it have ended."""
-    here = pathlib.Path(__file__).resolve()
-    reduced = ["--reduced"] if options.reduced else []
-    for stage in options.stages:
-        if stage in PAPER:
-            yield run_task(stage, options)
-            continue
-        for name in SPEED if stage == "speed" else ("bfloat16", "float32"):
-            result = options.output / "runs" / f"{stage}-{name}.json"
-            if stage == "speed":
-                flags = [str(here), f"--measure={name}"]
-                flags.append(f"--updates_per_call={options.updates_per_call}")
-            else:
-                flags = [str(here.with_name("meta_gradient.py")), f"--dtype={name}"]
-            command = [sys.executable, *flags, f"--output={result}", *reduced]
-            yield Task(f"{stage}-{name}", stage, command, result)
+    short = {"optim.base_epochs": 12, "optim.epochs": 12, "scenario.steps": 1}
+    calls = f"-{options.updates_per_call}" if options.updates_per_call else ""
+    if "speed" in options.stages:
+        for dtype in DTYPES:
+            name = f"speed-bsce_jax-{dtype}{calls}"
+            yield run_task(name, "speed", options, short | {"model.dtype": dtype})
+        for variant in TORCH[:3] if options.reduced else TORCH:
+            flag = f"--torch={variant}"
+            yield script_task(f"speed-torch-{variant}", "gpu.py", options, flag)
+    if "meta" in options.stages:
+        for dtype in DTYPES:
+            flag = f"--dtype={dtype}"
+            yield script_task(f"meta-{dtype}", "meta_gradient.py", options, flag)
+    for stage in PAPER:
+        if stage in options.stages:
+            yield run_task(stage, stage, options, base_step(stage, options.output))
 
 
-def run_task(stage: str, options: argparse.Namespace) -> Task:
-    """A whole run; from another run's base step where one is finished."""
-    prior = "meta" if stage == "meta_run" else stage
+def run_task(
+    name: str, stage: str, options: argparse.Namespace, settings: dict[str, Any]
+) -> Task:
+    """A run of bsce_jax.main with some fields of its configuration set."""
+    prior = {"speed": "balanced", "meta_run": "meta"}.get(stage, stage)
     file = "digits.py" if options.reduced else "cifar100.py"
-    workdirs = {name: options.output / "runs" / name for name in PAPER}
-    settings: dict[str, Any] = {
+    workdir = options.output / "runs" / name
+    common = {
         "model.dtype": options.dtype,
         "updates_per_call": options.updates_per_call,
+        "data.data_dir": options.data_dir,
         "checkpoint.minutes": 2.0,
     }
     if options.reduced:
-        settings |= {"optim.epochs": 2, "optim.base_epochs": 2}
+        settings = settings | dict.fromkeys(("optim.base_epochs", "optim.epochs"), 2)
         # With equal counts, as in CIFAR-100, the priors share their base step.
         settings["data.max_per_class"] = 100
-    if options.data_dir:
-        settings["data.data_dir"] = options.data_dir
-    others = [path for path in workdirs.values() if finished_steps(path)]
-    if others and workdirs[stage] not in others:
-        settings["init_from"] = others[0]
     command = [sys.executable, "-m", "bsce_jax.main"]
     command.append(f"--config={ROOT / 'configs' / file}:prior={prior}")
-    command.append(f"--workdir={workdirs[stage]}")
-    command += [f"--config.{name}={value}" for name, value in settings.items()]
-    return Task(stage, stage, command, workdirs[stage] / "results.json")
+    command.append(f"--workdir={workdir}")
+    command += [f"--config.{k}={v}" for k, v in (common | settings).items()]
+    return Task(name, stage, command, workdir / "results.json")
+
+
+def base_step(stage: str, output: pathlib.Path) -> dict[str, Any]:
+    """The setting that takes over the base step of another run, if one is finished."""
+    ready = [name for name in PAPER if finished_steps(output / "runs" / name)]
+    needed = ready and stage not in ready
+    return {"init_from": output / "runs" / ready[0]} if needed else {}
 
 
 def finished_steps(workdir: pathlib.Path) -> int:
     """Steps that a run has finished."""
     path = workdir / "results.json"
     return len(json.loads(path.read_text())["steps"]) if path.exists() else 0
+
+
+def script_task(name: str, script: str, options: argparse.Namespace, flag: str) -> Task:
+    """A benchmark script that writes JSON."""
+    result = options.output / "runs" / f"{name}.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / script), flag]
+    command += [f"--output={result}"] + ["--reduced"] * options.reduced
+    return Task(name, name.partition("-")[0], command, result)
 
 
 def execute(
@@ -143,11 +146,13 @@ def execute(
             while process.poll() is None and time.monotonic() < deadline:
                 record["seconds"] = round(before + time.monotonic() - start, 1)
                 yield
-                wait(process, min(5.0, deadline - time.monotonic()))
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.1, min(5.0, deadline - time.monotonic())))
         finally:
             if process.poll() is None:
                 process.terminate()
-                wait(process, GRACE)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
             if process.poll() is None:
                 process.kill()
             record["exit_status"] = process.wait()
@@ -155,260 +160,101 @@ def execute(
             judge(task, record, log)
 
 
-def wait(process: subprocess.Popen, seconds: float) -> None:
-    """Waits for a process to end, but not longer than that."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(max(0.0, seconds))
-
-
 def judge(task: Task, record: dict[str, Any], log: pathlib.Path) -> None:
     """Fills in the outcome of a task that has ended."""
     if record["exit_status"] == 0 and task.result.exists():
         found = json.loads(task.result.read_text())
-        record["result"] = run_result(found) if task.stage in PAPER else found
+        record["result"] = run_result(found) if "steps" in found else found
         record["status"] = "done"
-    elif record["exit_status"] in STOPPED:
+    elif record["exit_status"] in (-signal.SIGTERM, -signal.SIGKILL, 128 + 15):
         record["status"] = "unfinished"
         if task.stage in PAPER:
             record["note"] = f"{finished_steps(task.result.parent)} steps finished"
     else:
         record["status"] = "failed"
-        lines = log.read_text(errors="replace").strip().splitlines()
-        record["note"] = lines[-1][:300]
+        record["note"] = log.read_text(errors="replace").strip().splitlines()[-1][:300]
 
 
 def run_result(results: dict[str, Any]) -> dict[str, Any]:
     """What a run's results.json says, in short."""
     images, seconds, steps = 0, 0.0, results["steps"]
-    for step in steps:
-        rate = step["telemetry"]["images_per_second"]
+    rates = [step["telemetry"]["images_per_second"] for step in steps]
+    for rate, step in zip(rates, steps, strict=True):
         if rate:  # none in a base step that was taken over
             trained = step["result"]["train_images"] * len(step["result"]["loss"])
             images, seconds = images + trained, seconds + trained / rate
     return {
         **results["summary"],
         "top1": [step["result"]["top1"] for step in steps],
-        "alpha": [step["result"]["alpha"][-1:] for step in steps],
-        "images": images,
+        "alpha": [value for step in steps for _, value in step["result"]["alpha"][-1:]],
         "images_per_s": images / seconds if seconds else None,
-        "own_base_step": bool(steps[0]["telemetry"]["images_per_second"]),
+        "images_per_s_by_step": rates,
+        "environment": steps[-1]["telemetry"],
+        "base_step": "own" if rates[0] else "taken over",
     }
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """The summary for readers."""
-    call, done = summary["calls"][-1], summary["tasks"]
-    found = call["environment"]
-    lines = [
-        "# Results of benchmarks/gpu.py",
-        "",
-        f"{found['device']}, JAX {found['versions']['jax']}, Python "
-        f"{found['versions']['python']}, commit {found['commit'] or 'unknown'}"
-        + (", **reduced sizes: not comparable with anything**" * summary["reduced"]),
-        "",
-        f"`{call['command']}`",
-    ]
-
-    def of_stages(*stages: str) -> Iterator[tuple[str, dict[str, Any], dict]]:
-        for name, task in done.items():
-            if task["stage"] in stages:
-                yield name, task, task.get("result") or {}
-
-    torch = done.get("speed-torch-bfloat16-eager", {}).get("result") or {}
-    rows = []
-    for name, task, result in of_stages("speed"):
-        rate, unit = result.get("images_per_s"), torch.get("images_per_s")
-        ratio = rate / unit if rate and unit else None
-        cells = [rate, result.get("ms_per_update"), ratio, result.get("device")]
-        rows.append([name.removeprefix("speed-"), *cells, outcome(task)])
-    header = "program | images/s | ms an update | PyTorch eager bfloat16 = 1 | device"
-    lines += section("Training speed", header, rows)
-    rows = []
-    for _, task, result in of_stages("meta"):
-        for part in result.get("results", [{}])[-1:]:
-            for name in [key for key in part if key != "conv_chunks"]:
-                values, goal = part[name], result["targets"].get(name, {})
-                row = [result["options"]["dtype"], name, values["ms_median"]]
+    lines = ["# Results of benchmarks/gpu.py", f"`{summary['commands'][-1]}`"]
+    if summary["reduced"]:
+        lines.append("**Tiny sizes: the numbers mean nothing.**")
+    speed, meta, runs, environment = [], [], [], None
+    for name, task in summary["tasks"].items():
+        result = task.get("result", {})
+        outcome = ": ".join(filter(None, (task["status"], task.get("note"))))
+        environment = result.get("environment", environment)
+        if task["stage"] == "speed":
+            rates = result.get("images_per_s_by_step", [result.get("images_per_s")])
+            for step, rate in zip(("base", "incremental"), rates, strict=False):
+                speed.append([name.removeprefix("speed-"), step, rate, outcome])
+        elif task["stage"] == "meta":
+            part, targets = result.get("results", [{}])[-1], result.get("targets", {})
+            for key in [key for key in part if key != "conv_chunks"] or [""]:
+                values, goal = part.get(key, {}), targets.get(key, {})
+                row = [name.removeprefix("meta-"), key, values.get("ms_median")]
                 for kind in ("time_ratio", "memory_ratio"):
-                    row += [values[kind], goal.get(kind)]
-                rows.append([*row, outcome(task)])
-    header = "type | program | ms | train steps of time | at most | of memory | at most"
-    lines += section("Gradient of alpha", header, rows)
-    rows = []
-    for name, task, result in of_stages(*PAPER):
-        base = {True: "own", False: "taken over"}.get(result.get("own_base_step"))
-        row = [name, result.get("average_incremental_top1"), PAPER[name]]
-        row += [result.get("images_per_s"), base, task["seconds"], outcome(task)]
-        rows.append(row)
-    header = "run | average incremental accuracy | paper | images/s | base step | s"
-    lines += section("Whole runs", header, rows)
-    return "\n".join(lines) + "\n"
+                    row += [values.get(kind), goal.get(kind)]
+                meta.append([*row, outcome])
+        else:
+            row = [name, result.get("average_incremental_top1"), PAPER[name]]
+            row += [result.get("images_per_s"), result.get("base_step")]
+            runs.append([*row, task["seconds"], outcome])
+    if environment:
+        source = f"JAX {environment['versions']['jax']}, commit {environment['commit']}"
+        lines.append(f"{environment['device']}, {source}")
+    lines += ["## Training", table("program | step | images/s | outcome", speed)]
+    header = "type | program | ms | time (train step = 1) | at most | memory | at most"
+    lines += ["## Gradient of alpha", table(f"{header} | outcome", meta)]
+    header = "run | average incremental accuracy | paper | images/s | base step"
+    lines += ["## Whole runs", table(f"{header} | seconds | outcome", runs)]
+    return "\n\n".join(lines) + "\n"
 
 
-def outcome(task: dict[str, Any]) -> str:
-    """Status of a task, and why."""
-    return ": ".join(filter(None, (task["status"], task.get("note", ""))))
-
-
-def section(title: str, header: str, rows: Iterable[list[Any]]) -> list[str]:
-    """A headed Markdown table; empty cells where there is no number."""
-    header += " | outcome"
-    lines = [
-        "",
-        f"## {title}",
-        "",
-        f"| {header} |",
-        "|---" * len(header.split("|")) + "|",
-    ]
+def table(header: str, rows: list[list[Any]]) -> str:
+    """A Markdown table; cells are empty where there is no number."""
+    lines = [f"| {header} |", "|" + "---|" * len(header.split("|"))]
     for row in rows:
-        cells = (
-            "" if c is None else f"{c:.4g}" if type(c) is float else c for c in row
-        )
+        cells = [f"{c:.4g}" if isinstance(c, float) else c or "" for c in row]
         lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
-    return lines
+    return "\n".join(lines)
 
 
-def measure(options: argparse.Namespace) -> None:
-    """Measures one entry of SPEED and writes its JSON."""
-    library, dtype, variant = options.measure.split("-")
-    function = measure_ours if library == "bsce_jax" else measure_torch
-    marks, found = function(dtype, variant, options)
-    seconds = [
-        later[0] - mark[0] for mark, later in zip(marks, marks[1:], strict=False)
-    ]
-    rates = [mark[1] / s for mark, s in zip(marks[1:], seconds, strict=True)]
-    # The first of the calls compiled, and the second may still have warmed up.
-    rates = rates[2:] or rates[-1:]
-    rate = statistics.median(rates)
-    found |= {
-        "images_per_s": round(rate, 1),
-        "images_per_s_best": round(max(rates), 1),
-        "ms_per_update": round(1e3 * found["batch"] / rate, 3),
-        "seconds_to_first_call": round(seconds[0], 1),
-        "calls": len(rates),
-    }
-    options.output.write_text(json.dumps(found, indent=2) + "\n")
-
-
-def measure_ours(
-    dtype: str, variant: str, options: argparse.Namespace
-) -> tuple[list[tuple[float, int]], dict[str, Any]]:
-    """Trains a step as a run does, on random images.
-
-    Args:
-      dtype: compute type.
-      variant: "base", the base step, or "incremental", the first one with a teacher.
-      options: of the command line.
-
-    Returns:
-      (time, images since the mark before) when training starts and after each call,
-      and facts for the result.
-    """
-    import numpy as np
-
-    from bsce_jax import (
-        experiment,
-        parallel,
-        plan,
-        programs,
-        scenario,
-        session,
-        training,
-    )
-    from bsce_jax.config import resolve
-    from bsce_jax.context import make_context
-    from bsce_jax.state import Images
-
-    file = "digits.py" if options.reduced else "cifar100.py"
-    config = runpy.run_path(str(ROOT / "configs" / file))["get_config"](
-        "prior=balanced"
-    )
-    config.model.dtype, config.updates_per_call = dtype, options.updates_per_call
-    config = resolve(config)
-    images, labels = random_data(options.reduced)
-    classes = int(labels.max()) + 1
-    groups = config.scenario.base_classes, config.scenario.steps
-    dataset = plan.Dataset(
-        train_images=images,
-        train_labels=labels,
-        test_images=images[:1],
-        test_labels=labels[:1],
-        class_names=tuple(map(str, range(classes))),
-        class_order=np.arange(classes),
-        groups=scenario.class_groups(classes, *groups),
-    )
-    devices = parallel.create(config.parallel)
-    compiled = programs.build(config, devices, classes)
-    data = parallel.replicate(devices, Images(images, labels))
-    run = session.Run(
-        config, options.output.parent, dataset, compiled, data, data, {}, None
-    )
-    progress = session.initial(run)
-    if variant == "incremental":
-        progress = experiment.begin(run, progress, 1)
-    step = plan.planned_steps(config, dataset)[progress.step]
-    context = make_context(run, progress, step)
-    marks = [(time.perf_counter(), 0)]
-
-    def after_call(history: training.History, images: int) -> bool:
-        marks.append((time.perf_counter(), images))
-        return False
-
-    with contextlib.suppress(training.StopRequested):
-        training.fit(
-            compiled,
-            progress.state,
-            context,
-            data,
-            training.make_plan(config, step),
-            progress.history,
-            after_call=after_call,
-            save=lambda state, history: None,
-            stop=lambda: enough(marks, options.seconds),
-        )
-    device = devices.mesh.devices.flat[0].device_kind
-    facts = {"device": device, "batch": config.optim.batch_size}
-    # The last call was fetched together with the one before.
-    return marks[:-1], facts | {"updates_per_call": compiled.updates_per_call}
-
-
-def enough(marks: list[tuple[float, int]], seconds: float) -> bool:
-    """Whether calls were measured for that long, after three to warm up."""
-    return len(marks) > 4 and marks[-1][0] - marks[3][0] >= seconds
-
-
-def random_data(reduced: bool) -> tuple[Any, Any]:
-    """Random uint8 images [N, H, W, channels], sorted by int32 labels [N]."""
-    import numpy as np
-
-    classes, per_class, shape = 100, 500, (32, 32, 3)
-    if reduced:
-        classes, per_class, shape = 10, 144, (8, 8, 1)
-    labels = np.repeat(np.arange(classes, dtype=np.int32), per_class)
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (len(labels), *shape), np.uint8), labels
-
-
-def measure_torch(
-    dtype: str, variant: str, options: argparse.Namespace
-) -> tuple[list[tuple[float, int]], dict[str, Any]]:
-    """The base step in PyTorch: the same network, augmentation and optimiser.
-
-    Args, Returns: as `measure_ours`; the variants are "eager", "compile" (all of it
-    but the optimiser) and "graphs" (compiled, and replayed as CUDA graphs).
-    """
+def measure_torch(options: argparse.Namespace) -> None:
+    """Trains on random images in PyTorch what our base step trains."""
     import torch
 
+    dtype, _, mode = options.torch.partition("-compile-")
+    classes, size, channels, blocks, batch, updates, limit = 100, 32, 3, 5, 128, 50, 10
+    if options.reduced:
+        classes, size, channels, blocks, batch, updates, limit = 10, 8, 1, 1, 32, 5, 1
     device = "cpu" if options.reduced or not torch.cuda.is_available() else "cuda"
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default too
-    images, labels = (torch.from_numpy(a) for a in random_data(options.reduced))
-    base, size, padding = len(labels) // 2, images.shape[1], images.shape[1] // 8
-    blocks, batch, updates = (1, 32, 10) if options.reduced else (5, 128, 50)
-    classes, channels = int(labels.max()) + 1, images.shape[3]
-    labels = labels.to(device, torch.int64)
-    widths = (0, 0, padding, padding, padding, padding)
-    padded = torch.nn.functional.pad(images, widths).to(device)
+    torch.set_float32_matmul_precision("high")
+    count, edge = 250 * classes, size // 8
+    padded = (count, size + 2 * edge, size + 2 * edge, channels)
+    padded = torch.randint(256, padded, dtype=torch.uint8, device=device)
+    labels = torch.randint(classes, (count,), device=device)
     network = torch_resnet(blocks, channels, classes)
     network.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(
@@ -417,39 +263,36 @@ def measure_torch(
     pixels = torch.arange(size, device=device)
 
     def loss_of(index: Any, top: Any, left: Any, flip: Any) -> Any:
-        rows, columns = (
-            top + pixels,
-            left + torch.where(flip, size - 1 - pixels, pixels),
-        )
+        rows, columns = top + pixels, left + torch.where(flip, pixels.flip(0), pixels)
         crops = padded[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-        normalised = (crops.float() / 255 - 0.5) / 0.25
-        x = normalised.permute(0, 3, 1, 2)  # NHWC in memory: channels_last
+        x = ((crops.float() / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)  # channels_last
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
             return torch.nn.functional.cross_entropy(network(x), labels[index])
 
-    if variant != "eager":
-        mode = {"compile": "default", "graphs": "reduce-overhead"}[variant]
+    if mode:
         loss_of = torch.compile(loss_of, mode=mode)
-    order = torch.randperm(base, device=device)
-    marks, first = [(time.perf_counter(), 0)], 0
-    while not enough(marks, options.seconds):
-        for _ in range(updates):
-            if first + batch > base:
-                order, first = torch.randperm(base, device=device), 0
-            index = order[first : first + batch]
-            first += batch
-            top, left = torch.randint(2 * padding + 1, (2, batch, 1), device=device)
-            flip = torch.rand(batch, 1, device=device) < 0.5
+
+    def train() -> None:
+        order = torch.randperm(count, device=device)[: updates * batch]
+        for index in order.split(batch):
+            shifts = torch.randint(2 * edge + 1, (2, len(index), 1), device=device)
+            flip = torch.rand(len(index), 1, device=device) < 0.5
             optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(index, top, left, flip)
+            loss = loss_of(index, *shifts, flip)
             loss.backward()
             optimizer.step()
         if not loss.isfinite():  # waits for the device
             sys.exit("error: PyTorch's loss is not finite")
-        marks.append((time.perf_counter(), updates * batch))
+
+    times: list[float] = []
+    while len(times) < 5 or times[-1] - times[3] < limit:  # the first warm up
+        train()
+        times.append(time.perf_counter())
+    seconds = [b - a for a, b in zip(times[3:], times[4:], strict=False)]
+    rate = updates * batch / statistics.median(seconds)
     name = torch.cuda.get_device_name() if device == "cuda" else device
-    facts = {"device": name, "batch": batch, "torch": torch.__version__}
-    return marks, facts | {"updates_per_call": updates}
+    result = {"images_per_s": rate, "device": name, "torch": torch.__version__}
+    options.output.write_text(json.dumps(result) + "\n")
 
 
 def torch_resnet(blocks: int, channels: int, classes: int) -> Any:
@@ -461,96 +304,40 @@ def torch_resnet(blocks: int, channels: int, classes: int) -> Any:
         return [conv, nn.BatchNorm2d(outputs)]
 
     class Block(nn.Module):
-        def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        def __init__(self, inputs: int, outputs: int) -> None:
             super().__init__()
-            first, second = (inputs, outputs, 3, stride), (outputs, outputs, 3, 1)
-            self.body = nn.Sequential(
-                *convolution(*first), nn.ReLU(True), *convolution(*second)
-            )
-            changes = stride != 1 or inputs != outputs
-            self.shortcut = nn.Sequential(
-                *(convolution(inputs, outputs, 1, stride) if changes else [])
-            )
+            stride = outputs // inputs
+            first = convolution(inputs, outputs, 3, stride)
+            second = convolution(outputs, outputs, 3, 1)
+            self.body = nn.Sequential(*first, nn.ReLU(True), *second)
+            changed = convolution(inputs, outputs, 1, 2) if stride == 2 else []
+            self.shortcut = nn.Sequential(*changed)
 
         def forward(self, x: Any) -> Any:
-            return nn.functional.relu(self.body(x) + self.shortcut(x), inplace=True)
+            return (self.body(x) + self.shortcut(x)).relu_()
 
-    layers = [*convolution(channels, 16, 3, 1), nn.ReLU(True)]
-    width = 16
-    for outputs in (16, 32, 64):
-        for block in range(blocks):
-            layers.append(
-                Block(width, outputs, 2 if block == 0 and outputs > 16 else 1)
-            )
-            width = outputs
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
-    return nn.Sequential(*layers, *head)
-
-
-def environment() -> dict[str, Any]:
-    """The package's record of versions, device and commit, from another process."""
-    code = "import json; from bsce_jax import telemetry\n"
-    code += "print(json.dumps(telemetry.environment()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, check=False
-    )
-    if done.returncode:
-        sys.exit("error: bsce_jax cannot be imported, see above")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def parse() -> argparse.Namespace:
-    """Reads the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    path = pathlib.Path
-    parser.add_argument("--output", type=path, required=True, help="folder")
-    parser.add_argument(
-        "--data_dir", default="", help="of tfds, with cifar100 prepared"
-    )
-    parser.add_argument("--stages", default=",".join(STAGES), help="some of them")
-    parser.add_argument("--dtype", default="bfloat16", help="of the whole runs")
-    parser.add_argument(
-        "--updates_per_call", type=int, default=0, help="0: the default"
-    )
-    parser.add_argument("--limit_seconds", type=float, default=0, help="0: no limit")
-    parser.add_argument("--reduced", action="store_true", help="tiny sizes, on CPU")
-    parser.add_argument("--seconds", type=float, default=10, help="of a speed test")
-    parser.add_argument("--measure", choices=SPEED, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.output = options.output.resolve()
-    options.stages = [s for s in STAGES if s in options.stages.split(",")]
-    return options
+    widths = [16] * (blocks + 1) + [32] * blocks + [64] * blocks
+    stem = [*convolution(channels, 16, 3, 1), nn.ReLU(True)]
+    body = [Block(*pair) for pair in zip(widths, widths[1:], strict=False)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes)]
+    return nn.Sequential(*stem, *body, *head)
 
 
 def run_all(options: argparse.Namespace, summary: dict[str, Any]) -> None:
-    """Runs what is not done yet, until the limit; `summary` is always up to date."""
+    """Runs what is not done yet, until the limit; keeps the summary on the disk."""
     deadline = time.monotonic() + (options.limit_seconds or 1e9) - GRACE
     for task in tasks(options):
         new = {"stage": task.stage, "status": "to do", "attempts": 0, "seconds": 0.0}
         record = summary["tasks"].setdefault(task.name, new)
-        if record["status"] == "done" or time.monotonic() >= deadline:
-            continue
-        if missing := unavailable(task, options):
-            record |= {"status": "skipped", "note": missing, "result": None}
-        else:
-            record["call"] = len(summary["calls"]) - 1
+        if "torch" in task.name and not importlib.util.find_spec("torch"):
+            record |= {"status": "skipped", "note": "PyTorch is not installed"}
+        elif record["status"] != "done" and time.monotonic() < deadline:
             log = options.output / f"{task.stage}.log"
             with contextlib.closing(execute(task, record, log, deadline)) as running:
                 for _ in running:
                     write(options.output, summary)
+            print(task.name, record["status"], record["note"], flush=True)
         write(options.output, summary)
-        print(f"{task.name}: {outcome(record)}, {record['seconds']:.0f} s", flush=True)
-
-
-def unavailable(task: Task, options: argparse.Namespace) -> str:
-    """Why a task cannot be run here; "" if it can."""
-    if "torch" in task.name and not importlib.util.find_spec("torch"):
-        return "PyTorch is not installed"
-    if "graphs" in task.name and options.reduced:
-        return "CUDA graphs need a GPU"
-    return ""
 
 
 def write(folder: pathlib.Path, summary: dict[str, Any]) -> None:
@@ -562,37 +349,49 @@ def write(folder: pathlib.Path, summary: dict[str, Any]) -> None:
         temporary.replace(folder / name)
 
 
+def parse() -> argparse.Namespace:
+    """Reads the flags."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--output", type=pathlib.Path, required=True, help="folder of all results")
+    add("--data_dir", default="", help="of tfds, with cifar100 prepared")
+    add("--stages", default=",".join(STAGES), help="some of them, by commas")
+    add("--dtype", default="bfloat16", choices=DTYPES, help="of the whole runs")
+    add("--updates_per_call", type=int, default=0, help="of all runs; 0: the default")
+    add("--limit_seconds", type=float, default=0, help="of this call; 0: no limit")
+    add("--reduced", action="store_true", help="tiny sizes, on CPU")
+    add("--torch", choices=TORCH, help=argparse.SUPPRESS)  # in a process of its own
+    options = parser.parse_args()
+    options.output, options.stages = options.output.resolve(), options.stages.split(",")
+    if not set(options.stages) <= set(STAGES):
+        parser.error(f"--stages: expected some of {','.join(STAGES)}")
+    return options
+
+
 def main() -> int:
     """Runs the chosen stages; returns the exit status."""
     options = parse()
+    if options.torch:
+        measure_torch(options)
+        return 0
     if options.reduced:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        options.seconds = min(options.seconds, 1.0)
-    if options.measure:
-        measure(options)
-        return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C
     (options.output / "runs").mkdir(parents=True, exist_ok=True)
     file = options.output / "summary.json"
-    summary: dict[str, Any] = {"reduced": options.reduced, "calls": [], "tasks": {}}
+    summary: dict[str, Any] = {"reduced": options.reduced, "commands": [], "tasks": {}}
     if file.exists():
         summary = json.loads(file.read_text())
     if summary["reduced"] != options.reduced:
         sys.exit(f"error: {file} is of other sizes (--reduced): give another --output")
-    call = {"command": "python " + shlex.join(sys.argv), "started": time.time()}
-    summary["calls"].append(call | {"environment": environment()})
-    try:
+    summary["commands"].append("python " + shlex.join(sys.argv))
+    with contextlib.suppress(KeyboardInterrupt):
         run_all(options, summary)
-    except KeyboardInterrupt:
-        print("interrupted", flush=True)
-    finally:
-        write(options.output, summary)
+    write(options.output, summary)
     print(f"\n{markdown(summary)}\n{file}")
-    records = [r for r in summary["tasks"].values() if r["stage"] in options.stages]
-    statuses = {record["status"] for record in records}
-    if "failed" in statuses:
-        return 1
-    return 0 if statuses <= {"done", "skipped"} else 3
+    found = summary["tasks"].values()
+    statuses = {task["status"] for task in found if task["stage"] in options.stages}
+    return 1 if "failed" in statuses else 0 if statuses <= {"done", "skipped"} else 3
 
 
 if __name__ == "__main__":

@@ -9,8 +9,9 @@ other load on the machine meets all of them:
     alpha_and_train_step  alpha in forward mode, then the network, in one program
 
 The loss is IL-Baseline's with a teacher. Prints JSON: milliseconds, XLA's temporary
-memory and the ratios of both to train_step (`time_ratio` is the median over the
-rounds, `time_ratio_of_minima` that of the fastest rounds).
+memory and the ratios of both to train_step: `time_ratio` is the median over the
+rounds, `time_ratio_of_minima` that of the fastest rounds, `cpu_time_ratio` the median
+for the time of all threads, which other load changes least (of no use on a GPU).
 
     python benchmarks/meta_gradient.py --output meta.json
 
@@ -23,7 +24,6 @@ import functools
 import json
 import pathlib
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -190,17 +190,23 @@ def compile_program(
 
 def interleaved(
     runs: Mapping[str, Callable[[], None]], repeats: int
-) -> dict[str, list[float]]:
-    """Milliseconds of each in `repeats` rounds over all of them, after a warm-up."""
+) -> dict[str, np.ndarray]:
+    """Times all in turn, `repeats` rounds after a warm-up.
+
+    Returns:
+      [repeats, 2] of each: milliseconds, and milliseconds of all its threads on CPU.
+    """
+    clocks = (time.perf_counter, time.process_time)
     for run in runs.values():
         run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = [clock() for clock in clocks]
             run()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+            pairs = zip(clocks, start, strict=True)
+            times[name].append([1e3 * (clock() - s) for clock, s in pairs])
+    return {name: np.array(values) for name, values in times.items()}
 
 
 def measure(options: argparse.Namespace, conv_chunks: int) -> dict[str, Any]:
@@ -221,12 +227,16 @@ def measure(options: argparse.Namespace, conv_chunks: int) -> dict[str, Any]:
     unit, unit_bytes = times["train_step"], compiled["train_step"][1]["temp_bytes"]
     found: dict[str, Any] = {"conv_chunks": conv_chunks}
     for name, (_, facts) in compiled.items():
-        pairs = zip(times[name], unit, strict=True)
+        ms, (ratio, cpu_ratio) = (
+            times[name][:, 0],
+            np.median(times[name] / unit, axis=0),
+        )
         found[name] = {
-            "ms_median": round(statistics.median(times[name]) / options.calls, 3),
-            "ms_min": round(min(times[name]) / options.calls, 3),
-            "time_ratio": round(statistics.median(t / u for t, u in pairs), 3),
-            "time_ratio_of_minima": round(min(times[name]) / min(unit), 3),
+            "ms_median": round(np.median(ms) / options.calls, 3),
+            "ms_min": round(ms.min() / options.calls, 3),
+            "time_ratio": round(ratio, 3),
+            "time_ratio_of_minima": round(ms.min() / unit[:, 0].min(), 3),
+            "cpu_time_ratio": round(cpu_ratio, 3),
             "temp_mib": round(facts["temp_bytes"] / 2**20, 1),
             "memory_ratio": round(facts["temp_bytes"] / unit_bytes, 3),
             "compile_s": facts["compile_s"],

@@ -2,7 +2,9 @@
 
 import hashlib
 import importlib.util
+import inspect
 import json
+import math
 import pathlib
 import pkgutil
 from collections.abc import Mapping
@@ -178,7 +180,7 @@ def validate(config: ConfigDict) -> None:
             raise _error(name, fields[name], f"one of {', '.join(allowed)}")
     for name, (low, high) in BOUNDS.items():
         value = fields[name]
-        if not value == value or (low is not None and value < low):
+        if low is not None and value < low:
             raise _error(name, value, f"at least {low}")
         if high is not None and value > high:
             raise _error(name, value, f"at most {high}")
@@ -202,6 +204,8 @@ def _check_fields(given: Mapping[str, Any], expected: Mapping, prefix: str) -> N
             _check_fields(value, want, f"{prefix}{name}.")
         elif not _same_type(value, want):
             raise _error(prefix + name, value, f"a value of type {type(want).__name__}")
+        elif not _finite(value):
+            raise _error(prefix + name, value, "finite numbers")
 
 
 def _same_type(value: Any, want: Any) -> bool:
@@ -216,6 +220,12 @@ def _same_type(value: Any, want: Any) -> bool:
     return isinstance(value, type(want))
 
 
+def _finite(value: Any) -> bool:
+    """Whether there is neither NaN nor an infinity in a value."""
+    values = value if isinstance(value, tuple) else (value,)
+    return all(math.isfinite(v) for v in values if isinstance(v, float))
+
+
 def _check_terms(terms: Any) -> None:
     if not isinstance(terms, ConfigDict) or not terms:
         raise _error("terms", terms, "a section of loss terms, at least one")
@@ -228,6 +238,34 @@ def _check_terms(terms: Any) -> None:
         if not isinstance(term, ConfigDict) or "weight" not in term:
             raise _error(f"terms.{name}", term, "a section with a weight")
         term_weight(name, term.weight, old=1, seen=2)
+        _check_options(name, {k: v for k, v in term.items() if k != "weight"})
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Compares a term's options with the keyword arguments of its function."""
+    known = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(term_module(name).term).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for option, value in options.items():
+        if option not in known:
+            names = ", ".join(["weight", *known])
+            raise UserError(f"config.terms.{name}.{option} is unknown; known: {names}")
+        want = known[option]
+        if not (_same_type(value, want) and _finite(value)):
+            kind = f"a finite value of type {type(want).__name__}"
+            raise _error(f"terms.{name}.{option}", value, kind)
+
+
+def term_module(name: str) -> ModuleType:
+    """The module of a loss term, from `bsce_jax.losses`."""
+    return importlib.import_module(f"{losses.__name__}.{name}")
+
+
+def in_base_step(name: str) -> bool:
+    """Whether a term has a place in the base step, where no class is old."""
+    return not getattr(term_module(name), "NEEDS_OLD_CLASSES", False)
 
 
 def term_weight(name: str, weight: str | float, old: int, seen: int) -> float:
@@ -236,13 +274,16 @@ def term_weight(name: str, weight: str | float, old: int, seen: int) -> float:
     Raises:
       UserError: not a number and not a name of TERM_WEIGHTS.
     """
-    if weight in TERM_WEIGHTS:
-        return float(TERM_WEIGHTS[str(weight)](old, seen))
+    if isinstance(weight, str) and weight in TERM_WEIGHTS:
+        return float(TERM_WEIGHTS[weight](old, seen))
     try:
-        return float(weight)
+        number = math.nan if isinstance(weight, bool) else float(weight)
     except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
         names = ", ".join(TERM_WEIGHTS)
-        raise _error(f"terms.{name}.weight", weight, f"a number or {names}") from None
+        raise _error(f"terms.{name}.weight", weight, f"a number or {names}")
+    return number
 
 
 def _check_together(config: ConfigDict) -> None:
@@ -256,14 +297,14 @@ def _check_together(config: ConfigDict) -> None:
         ("optim.milestones", optim.milestones),
         ("optim.base_milestones", optim.base_milestones),
     ):
-        if list(milestones) != sorted(milestones):
-            raise _error(name, milestones, "epochs in ascending order")
+        if list(milestones) != sorted(milestones) or any(m <= 0 for m in milestones):
+            raise _error(name, milestones, "epochs above 0 in ascending order")
     if config.prior == "meta" and memory.kind == "none":
         raise _error("prior", "meta", "another prior where memory.kind is none")
     if config.prior != "none" and "softmax_ce" not in config.terms:
         raise _error("prior", config.prior, "none: no softmax_ce among the terms")
     if config.prior == "relaxed" and config.epsilon == 0 and memory.kind != "none":
-        raise _error("epsilon", 0, "more than 0: exemplars are labels of old classes")
+        raise _error("epsilon", 0.0, "above 0: exemplars are labels of old classes")
     if config.prior == "meta" and memory.kind == "growing" and memory.per_class < 2:
         raise _error("memory.per_class", memory.per_class, "at least 2 for prior=meta")
 

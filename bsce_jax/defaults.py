@@ -106,7 +106,8 @@ def _optim() -> ConfigDict:
     c.weight_decay = 2e-4  # coupled (L2), on every parameter
     c.milestones = (100, 150, 200)  # epochs at which the rate is multiplied by decay
     c.decay = 0.1
-    # The base step, where it differs: 0 epochs = all three as above.
+    # The base step, where it differs: 0 epochs = epochs and milestones as above, rate
+    # 0 = as above.
     c.base_epochs = 0
     c.base_learning_rate = 0.0
     c.base_milestones = ()

@@ -87,6 +87,7 @@ def select_exemplars(
     by_class: list[np.ndarray],
     how: str,
     count: int,
+    most: int,
     longest: int,
     batch_size: int,
     rng: np.random.Generator,
@@ -101,7 +102,8 @@ def select_exemplars(
       by_class: for each class the int indices of its training images.
       how: "herding" or "random".
       count: exemplars of each class.
-      longest: images of the largest class of the experiment: one compiled size.
+      most: the largest count of the experiment, and
+      longest: images of its largest class: one compiled size.
       batch_size: images a call.
       rng: for random selection.
 
@@ -120,6 +122,6 @@ def select_exemplars(
     for indices, part in zip(by_class, parts, strict=True):
         padded = np.zeros((longest, part.shape[1]), np.float32)
         padded[: len(part)] = part
-        order = memory.herd_padded(padded, np.arange(longest) < len(part), count)
-        chosen.append(indices[np.asarray(order)])
+        order = memory.herd_padded(padded, np.arange(longest) < len(part), most)
+        chosen.append(indices[np.asarray(order)[:count]])
     return chosen

@@ -175,6 +175,7 @@ def select_exemplars(run: Run, progress: Progress) -> None:
         [np.flatnonzero(labels == position) for position in group],
         config.memory.selection,
         planning.exemplars_per_class(config, group.stop),
+        progress.ranking.shape[1],
         int(dataset.images_per_class.max()),
         config.evaluation.batch_size,
         np.random.default_rng([config.seed, progress.step, _RANDOM_EXEMPLARS]),

@@ -69,18 +69,20 @@ class Monitor:
         where = f"step {plan.step}/{self._steps - 1}"
         where += f", epoch {min(epochs + 1, plan.epochs)}/{plan.epochs}"
         loss = history.loss[-1] if epochs else None
+        first = (self._done - before) // plan.updates_per_epoch
         done = before + history.updates
         self._progress.advance(done - self._done, images, loss, where)
         self._done = done
-        if history.updates % plan.updates_per_epoch == 0:
+        for epoch in range(first, epochs):  # finished in this call
             values = {
-                "train/loss": history.loss[-1],
-                "train/accuracy": history.accuracy[-1],
-                "train/learning_rate": plan.learning_rates[epochs - 1],
+                "train/loss": history.loss[epoch],
+                "train/accuracy": history.accuracy[epoch],
+                "train/learning_rate": plan.learning_rates[epoch],
             }
             if history.alpha:
-                values["train/alpha"] = history.alpha[-1][1]
-            self._timeline.scalars(before + history.updates, values)
+                values["train/alpha"] = history.alpha[epoch][1]
+            update = before + (epoch + 1) * plan.updates_per_epoch
+            self._timeline.scalars(update, values)
 
     def evaluated(self, step: int, update: int, result: Mapping[str, Any]) -> None:
         """Shows a step's accuracies; `update` counts over the whole run."""

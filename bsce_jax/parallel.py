@@ -62,7 +62,8 @@ def replicate(parallel: Parallel, tree: PyTree) -> PyTree:
     sharding = NamedSharding(parallel.mesh, PartitionSpec())
 
     def place(leaf: Any) -> jax.Array:
-        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        placed = isinstance(leaf, jax.Array) and leaf.sharding == sharding
+        if placed and not leaf.weak_type:
             return leaf
         value = np.asarray(leaf)
         return jax.device_put(

@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bsce_jax import memory, scenario
-from bsce_jax.config import digest, flatten, term_weight
+from bsce_jax.config import digest, flatten, in_base_step, term_weight
 from bsce_jax.data import resident, source
 from bsce_jax.errors import UserError
 
@@ -224,9 +224,9 @@ def base_hash(config: ConfigDict, dataset: Dataset) -> str:
     part["class_order"] = [int(i) for i in dataset.class_order[:base]]
     part["num_classes"] = dataset.num_classes
     part["terms"] = {
-        name: [term_weight(name, term.weight, 0, base), term.to_dict()]
+        name: {**term.to_dict(), "weight": weight}
         for name, term in config.terms.items()
-        if term_weight(name, term.weight, 0, base) != 0
+        if in_base_step(name) and (weight := term_weight(name, term.weight, 0, base))
     }
     counts = dataset.images_per_class[:base]
     if config.prior != "none" and np.any(counts != counts[0]):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable
 
 import jax
@@ -12,6 +11,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from bsce_jax import models, optim, parallel, steps, updates
+from bsce_jax.config import in_base_step, term_module
 from bsce_jax.data import augment
 from bsce_jax.models import convolution
 from bsce_jax.state import PyTree
@@ -186,10 +186,9 @@ def _terms(config: ConfigDict, base: bool) -> tuple[steps.Term, ...]:
     """The configured terms; without those that need old classes in the base step."""
     terms = []
     for name, term in sorted(config.terms.items()):
-        module = importlib.import_module(f"bsce_jax.losses.{name}")
         options = {k: v for k, v in term.items() if k != "weight"}
-        if not (base and getattr(module, "NEEDS_OLD_CLASSES", False)):
-            terms.append(steps.Term(name, module.term, options))
+        if in_base_step(name) or not base:
+            terms.append(steps.Term(name, term_module(name).term, options))
     return tuple(terms)
 
 

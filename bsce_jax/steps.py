@@ -213,16 +213,8 @@ def meta_step(
     seen = log_prior.uniform(context.seen)
 
     def train_loss(params: PyTree, alpha: Array) -> Array:
-        return _loss(
-            program,
-            params,
-            state.batch_stats,
-            alpha,
-            context,
-            batch,
-            teacher,
-            axis_name,
-        )[0]
+        rest = (context, batch, teacher, axis_name)
+        return _loss(program, params, state.batch_stats, alpha, *rest)[0]
 
     def validation_loss(params: PyTree) -> Array:
         train = meta.batch_norm == "train"

@@ -1,10 +1,18 @@
-"""Every field at its default; bsce_jax/defaults.py says what each means."""
+"""The configuration to start from: every field at its default, IL-Baseline's losses.
+
+    python -m bsce_jax.main --config configs/base.py
+
+bsce_jax/defaults.py says what each field means.
+"""
 
 from ml_collections import ConfigDict
 
+from bsce_jax.config import method_module
 from bsce_jax.defaults import default_config
 
 
 def get_config() -> ConfigDict:
     """CIFAR-100, B50 with 5 steps, IL-Baseline with the softmax."""
-    return default_config()
+    config = default_config()
+    method_module(__file__, config.method).configure(config, "cifar100")
+    return config

@@ -4,12 +4,15 @@ import argparse
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import types
 
 import pytest
 
+from bsce_jax import main
+from bsce_jax.config import resolve
 from tests.runs import ROOT
 
 FOLDER = ROOT / "benchmarks"
@@ -55,14 +58,6 @@ def test_loop_on_cpu():
     assert found["ratio"] > 0
 
 
-def test_training_speed(tmp_path):
-    output = tmp_path / "speed.json"
-    run("gpu.py", "--measure=bsce_jax-float32-base", f"--output={output}")
-    found = json.loads(output.read_text())
-    assert found["images_per_s_best"] >= found["images_per_s"] > 0
-    assert found["updates_per_call"] == 1 and found["calls"] >= 1
-
-
 @pytest.fixture
 def gpu(monkeypatch) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location("gpu", FOLDER / "gpu.py")
@@ -71,6 +66,42 @@ def gpu(monkeypatch) -> types.ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "GRACE", 0.5)
     return module
+
+
+def test_gpu_commands_are_valid(gpu, monkeypatch, tmp_path):
+    flags = ["gpu.py", f"--output={tmp_path}", "--updates_per_call=20"]
+    base = tmp_path / "runs" / "balanced"
+    base.mkdir(parents=True)
+    (base / "results.json").write_text('{"steps": [{}]}')
+    for extra in ([], ["--reduced"]):
+        monkeypatch.setattr(sys, "argv", flags + extra)
+        tasks = {task.name: task for task in gpu.tasks(gpu.parse())}
+        for stage in gpu.STAGES:
+            assert any(task.stage == stage for task in tasks.values())
+        runs = {name: t for name, t in tasks.items() if "bsce_jax.main" in t.command}
+        configs = {}
+        for name, task in runs.items():
+            arguments = task.command[task.command.index("bsce_jax.main") :]
+            config, workdir = main.parse(arguments)
+            configs[name] = resolve(config)
+            assert task.result == pathlib.Path(workdir) / "results.json"
+        assert configs["none"].init_from == configs["meta_run"].init_from == str(base)
+        assert configs["balanced"].init_from == ""
+        assert configs["none"].model.dtype == "bfloat16"
+        assert configs["speed-bsce_jax-float32-20"].model.dtype == "float32"
+        assert {config.updates_per_call for config in configs.values()} == {20}
+        if not extra:
+            meta = configs["meta_run"]
+            assert meta.prior == "meta" and meta.scenario.steps == 5
+            assert meta.optim.epochs == meta.optim.base_epochs == 250
+
+
+@pytest.mark.slow
+def test_torch(tmp_path):
+    pytest.importorskip("torch")
+    output = tmp_path / "torch.json"
+    run("gpu.py", "--torch=bfloat16", f"--output={output}")
+    assert json.loads(output.read_text())["images_per_s"] > 0
 
 
 WORK = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('{\"x\": 1}')"
@@ -95,10 +126,7 @@ def all_tasks(gpu, monkeypatch, folder, codes, limit=0.0):
             yield gpu.Task(name, "meta", command, result)
 
     monkeypatch.setattr(gpu, "tasks", tasks)
-    versions = {"jax": "0", "python": "0"}
-    environment = {"device": "none", "versions": versions, "commit": None}
-    summary = {"reduced": True, "tasks": {}}
-    summary["calls"] = [{"command": "test", "environment": environment}]
+    summary = {"reduced": True, "commands": ["test"], "tasks": {}}
     file = folder / "summary.json"
     if file.exists():
         summary = json.loads(file.read_text())
@@ -137,10 +165,6 @@ def test_gpu_in_whole(tmp_path):
     run("gpu.py", f"--output={tmp_path}")
     found = json.loads((tmp_path / "summary.json").read_text())["tasks"]
     assert {task["status"] for task in found.values()} <= {"done", "skipped"}
-    assert [
-        found[name]["result"]["own_base_step"] for name in ("none", "meta_run")
-    ] == [
-        True,
-        False,
-    ]
+    base_steps = [found[name]["result"]["base_step"] for name in ("none", "meta_run")]
+    assert base_steps == ["own", "taken over"]
     assert "| meta_run |" in (tmp_path / "summary.md").read_text()

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "bsce_jax"
 CORE = set("losses models memory scenario log_prior meta_alpha metrics errors".split())
 LIBRARIES = {"jax", "numpy", "optax", "flax", *sys.stdlib_module_names}
-COMPILED = ("state", "steps", "optim", "parallel")
+COMPILED = ("state", "steps", "updates", "optim", "parallel")
 ABOVE = {"config", "experiment", "report", "checkpoint", "main"}
 
 

@@ -108,6 +108,25 @@ def test_the_kinds_of_memory(memory, expected):
         np.testing.assert_array_equal(replayed, ranking[:old, :size].ravel())
 
 
+@pytest.mark.parametrize("prior", ["balanced", "meta"])
+@pytest.mark.parametrize("kind", ["growing", "fixed"])
+def test_planned_steps_are_as_large_as_the_real_ones(prior, kind):
+    data = dataset([12, 9, 10, 11, 8], base=2, steps=3)
+    chosen = config(
+        prior=prior, memory__kind=kind, memory__per_class=4, memory__budget=16
+    )
+    planned = plan.planned_steps(chosen, data)
+    ranking = full_ranking(data, 8)
+    assert [p.step for p in planned] == [0, 1, 2, 3]
+    for found in planned:
+        real = plan.step_data(chosen, data, ranking, found.step)
+        np.testing.assert_array_equal(found.counts, real.counts)
+        assert len(found.train) == len(real.train) == found.counts.sum()
+        assert len(found.held_out) == len(real.held_out)
+        assert (len(found.held_out) > 0) == (prior == "meta" and found.step > 0)
+        assert found.exemplars == real.exemplars
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     counts=st.lists(st.integers(10, 40), min_size=4, max_size=4),
@@ -147,13 +166,17 @@ def test_the_split_of_meta_depends_on_seed_and_step_only():
     ranking = full_ranking(data, 10)
 
     def held_out(step, **values):
-        chosen = config(prior="meta", memory__per_class=10, **values)
-        return plan.step_data(chosen, data, ranking, step).held_out.tolist()
+        """Of the base classes' exemplars, which every step replays."""
+        chosen = config(
+            prior="meta", memory__per_class=10, meta__fraction=0.4, **values
+        )
+        found = plan.step_data(chosen, data, ranking, step).held_out
+        return set(found[data.train_labels[found] < 2].tolist())
 
+    assert len(held_out(1)) == 8
     assert held_out(1) == held_out(1, alpha=0.5)
     assert held_out(1) != held_out(1, seed=1)
-    old = data.train_labels[held_out(2)] < 2  # exemplars that both steps replay
-    assert np.asarray(held_out(2))[old].tolist() != held_out(1)[: old.sum()]
+    assert held_out(1) != held_out(2)
 
 
 DATA = dataset([8] * 6, base=3, steps=3)
@@ -283,7 +306,8 @@ def test_the_base_hash_and_the_scenario():
     assert found(groups=class_groups(6, 2, 2)) != expected
     assert found(class_order=np.array([5, 4, 3, 0, 2, 1])) == expected
     assert found(class_order=np.array([4, 5, 3, 0, 2, 1])) != expected
-    assert found(class_order=np.arange(7)[::-1]) != expected  # a longer head
+    longer_head = np.array([5, 4, 3, 2, 1, 0, 6])
+    assert found(class_order=longer_head) != expected
     # Weights count as numbers in the base step, whatever they are called.
     one = config()
     one.terms.softmax_ce = {"weight": 1.0}

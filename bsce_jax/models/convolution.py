@@ -113,6 +113,7 @@ def default_chunks(platform: str, num_devices: int = 1) -> int:
       num_devices: devices that share the batch.
 
     Returns:
-      8 on a single CPU device; 1 elsewhere, which leaves the convolution alone.
+      8 on a single CPU device; 1 elsewhere, which leaves the convolution alone. (8 is
+      for 32x32 images by the hundred; batches of 8x8 images are faster with 1.)
     """
     return 8 if platform == "cpu" and num_devices == 1 else 1
