@@ -15,6 +15,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED = os.environ.get("BSCE_JAX_SHARED", "")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of whole runs go first: with two workers they must not be the tail."""
+    long = ("test_resume", "test_experiment", "test_compiles", "test_checkpoint")
+    order = {name: rank for rank, name in enumerate(long)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(long)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """Folder with parity/ and data/, where the machine has one."""
