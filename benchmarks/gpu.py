@@ -33,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -122,7 +122,7 @@ def script_task(name: str, script: str, options: argparse.Namespace, flag: str) 
 
 def execute(
     task: Task, record: dict[str, Any], log: pathlib.Path, deadline: float
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """Runs a task until it ends or the deadline comes, keeping its record.
 
     Yields every few seconds, for the record to be written; closing it ends the task.
@@ -252,8 +252,8 @@ def measure_torch(options: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     count, edge = 250 * classes, size // 8
-    padded = (count, size + 2 * edge, size + 2 * edge, channels)
-    padded = torch.randint(256, padded, dtype=torch.uint8, device=device)
+    shape = (count, size + 2 * edge, size + 2 * edge, channels)
+    padded = torch.randint(256, shape, dtype=torch.uint8, device=device)
     labels = torch.randint(classes, (count,), device=device)
     network = torch_resnet(blocks, channels, classes)
     network.to(device, memory_format=torch.channels_last).train()

@@ -8,10 +8,10 @@ update, and `ratio`, the loop's time over the host's.
 
     python benchmarks/loop_on_cpu.py
 
-The ratio was 8 when this was written (20 with --conv_chunks 1). If it comes near 1, XLA:CPU
-has learned it: then raise the number that `programs.updates_per_call` returns for the
-platform "cpu" (calls cost the host about a millisecond each), and drop the special
-case for one update from `make_train_update` and `make_meta_update`.
+When this was written the ratio was 8, and 20 with --conv_chunks 1. If it comes near 1,
+XLA:CPU has learned it: then raise the number that `programs.updates_per_call` returns
+for the platform "cpu" (calls cost the host about a millisecond each), and drop the
+special case for one update from `make_train_update` and `make_meta_update`.
 """
 
 import argparse

@@ -202,6 +202,24 @@ def planned_steps(config: ConfigDict, dataset: Dataset) -> list[StepData]:
 _HELD_OUT = 1  # keeps this stream of random numbers apart from the epoch orders'
 
 
+_BASE_SECTIONS = ("data.", "model.", "optim.base_")
+_BASE_FIELDS = (
+    "seed",
+    "matmul_precision",
+    "optim.batch_size",
+    "optim.momentum",
+    "optim.weight_decay",
+    "optim.decay",
+)
+_NOT_BASE = ("data.data_dir", "data.nominal_per_class")
+
+
+def reaches_base(name: str) -> bool:
+    """Whether a field, by its dotted name, reaches the base step as it stands."""
+    chosen = name in _BASE_FIELDS or name.startswith(_BASE_SECTIONS)
+    return chosen and name not in _NOT_BASE
+
+
 def base_hash(config: ConfigDict, dataset: Dataset) -> str:
     """Identifies all that reaches the base step: equal hashes may share one.
 
@@ -210,16 +228,7 @@ def base_hash(config: ConfigDict, dataset: Dataset) -> str:
     memory and the later steps do not count.
     """
     fields = flatten(config)
-    sections = ("data.", "model.")
-    names = ["seed", "matmul_precision", "optim.batch_size", "optim.momentum"]
-    names += ["optim.weight_decay", "optim.decay", "optim.base_epochs"]
-    names += ["optim.base_learning_rate", "optim.base_milestones"]
-    skipped = ("data.data_dir", "data.nominal_per_class")
-    part = {
-        name: value
-        for name, value in fields.items()
-        if (name in names or name.startswith(sections)) and name not in skipped
-    }
+    part = {name: fields[name] for name in fields if reaches_base(name)}
     base = dataset.groups[0].stop
     part["class_order"] = [int(i) for i in dataset.class_order[:base]]
     part["num_classes"] = dataset.num_classes

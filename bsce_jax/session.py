@@ -197,7 +197,15 @@ def take_over(run: Run, progress: Progress) -> Progress:
     folder = epath.Path(run.config.init_from)
     theirs = results_file.read(folder)
     if theirs["base_hash"] != run.results["base_hash"]:
-        changed = _differences(theirs["config"], run.results["config"])
+        changed = _differences(
+            {k: v for k, v in theirs["config"].items() if planning.reaches_base(k)},
+            {
+                k: v
+                for k, v in run.results["config"].items()
+                if planning.reaches_base(k)
+            },
+        )
+        changed = changed or "classes, terms, or a prior that weighs unequal classes"
         raise UserError(f"{where}: its base step is another one ({changed})")
     variables = {
         "params": progress.state.params,

@@ -157,7 +157,8 @@ def test_gpu_ends_at_the_limit_and_continues(gpu, monkeypatch, tmp_path):
     assert 0 < first["long"]["seconds"] < 20
     second = all_tasks(gpu, monkeypatch, tmp_path, codes)
     assert {task["status"] for task in second.values()} == {"done"}
-    assert second["long"]["seconds"] > first["long"]["seconds"]
+    assert second["long"]["attempts"] == 2
+    assert second["long"]["seconds"] >= first["long"]["seconds"]
 
 
 @pytest.mark.slow
