@@ -92,7 +92,9 @@ def initial(run: Run) -> Progress:
 def copy_network(run: Run, state: TrainState) -> PyTree:
     """A copy of the network, safe from the reuse of the state's buffers."""
     network = {"params": state.params, "batch_stats": state.batch_stats}
-    return parallel.replicate(run.programs.parallel, jax.device_get(network))
+    # np.array copies: on CPU device_get and device_put may share the device's memory.
+    copy = jax.tree.map(np.array, jax.device_get(network))
+    return parallel.replicate(run.programs.parallel, copy)
 
 
 def save(run: Run, progress: Progress, finished: bool) -> None:

@@ -55,7 +55,7 @@ def newest(workdir) -> int:
 def kill_at_random(config, workdir, rng: random.Random) -> bool:
     """Starts the run and kills it some saves later; whether it was still running."""
     process = start(config, workdir)
-    target = newest(workdir) + rng.randint(1, 6)
+    target = newest(workdir) + rng.randint(1, 4)
     while process.poll() is None and newest(workdir) < target:
         time.sleep(0.002)
     if rng.random() < 0.5:  # in the middle of a save
