@@ -102,11 +102,6 @@ def save(run: Run, progress: Progress, finished: bool) -> None:
     progress.finished = finished
     run.monitor.flush()
     number = progress.before + progress.history.updates + progress.step + finished
-    arrays = {
-        "state": progress.state,
-        "teacher": progress.teacher,
-        "ranking": progress.ranking,
-    }
     meta = {
         "permanent": finished,
         "step": progress.step,
@@ -115,9 +110,8 @@ def save(run: Run, progress: Progress, finished: bool) -> None:
         "history": dataclasses.asdict(progress.history),
         "results": run.results,
     }
-    checkpoint.save(
-        run.checkpoints, number, arrays, meta, keep=run.config.checkpoint.keep
-    )
+    keep = run.config.checkpoint.keep
+    checkpoint.save(run.checkpoints, number, _arrays(progress), meta, keep=keep)
     if finished:
         results_file.write(run.workdir, run.results)
 
@@ -141,7 +135,10 @@ def restore(run: Run) -> Progress:
                 "give another --workdir"
             )
         break
-    found = checkpoint.latest(run.checkpoints, _arrays(progress))
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _arrays(progress)
+    )
+    found = checkpoint.latest(run.checkpoints, target)
     if found is None:
         return take_over(run, progress) if run.config.init_from else progress
     place = run.programs.parallel
@@ -167,12 +164,12 @@ def restore(run: Run) -> Progress:
 
 
 def _arrays(progress: Progress) -> dict[str, Any]:
-    arrays = {
+    """What a checkpoint holds besides its JSON."""
+    return {
         "state": progress.state,
         "teacher": progress.teacher,
         "ranking": progress.ranking,
     }
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
