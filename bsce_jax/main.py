@@ -9,6 +9,8 @@ from ml_collections import ConfigDict, config_flags
 
 from bsce_jax.errors import UserError
 
+logger = logging.getLogger("bsce_jax")
+
 
 def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     """Reads --config FILE[:ARGUMENTS], its overrides and --workdir.
@@ -46,13 +48,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Parses the command line, runs, and returns the exit status."""
-    logger = logging.getLogger("bsce_jax")
-    logger.setLevel(logging.INFO)
+def log_to_stderr() -> None:
+    """Shows the package's log lines, and no other library's."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger.setLevel(logging.INFO)
     logger.handlers, logger.propagate = [handler], False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses the command line, runs, and returns the exit status."""
     try:
         config, workdir = parse(argv)
         from bsce_jax import startup, training
@@ -81,4 +86,5 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    log_to_stderr()
     sys.exit(main(sys.argv))
