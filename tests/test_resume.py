@@ -52,6 +52,15 @@ def newest(workdir) -> int:
     return max((int(n) for n in checkpoints(workdir) if n.isdigit()), default=-1)
 
 
+def start_and_wait(config, workdir, number: int) -> subprocess.Popen:
+    """Starts the run and returns once it has saved checkpoint `number`."""
+    process = start(config, workdir)
+    while newest(workdir) < number:
+        time.sleep(0.002)
+        assert process.poll() is None, process.communicate()[1]
+    return process
+
+
 def kill_at_random(config, workdir, rng: random.Random) -> bool:
     """Starts the run and kills it some saves later; whether it was still running."""
     process = start(config, workdir)
@@ -94,10 +103,7 @@ def test_twenty_kills(config, undisturbed):
 
 def test_sigterm_saves_and_the_run_goes_on(config, undisturbed):
     workdir = config.parent / "terminated"
-    process = start(config, workdir)
-    while newest(workdir) < 3:
-        time.sleep(0.002)
-        assert process.poll() is None, process.communicate()[1]
+    process = start_and_wait(config, workdir, number=3)
     process.terminate()
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, errors
@@ -110,10 +116,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     config, undisturbed
 ):
     workdir = config.parent / "damaged"
-    process = start(config, workdir)
-    while newest(workdir) < 6:
-        time.sleep(0.002)
-        assert process.poll() is None, process.communicate()[1]
+    process = start_and_wait(config, workdir, number=6)
     process.kill()
     process.communicate()
     number = newest(workdir)
