@@ -2,29 +2,23 @@
 
 import hashlib
 import importlib.util
-import inspect
 import json
-import math
 import pathlib
-import pkgutil
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from bsce_jax import losses
+from bsce_jax import methods, terms
 from bsce_jax.defaults import default_config
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, field_error
+from bsce_jax.models import heads
 
-# Named weights of loss terms, as functions of the numbers of old and seen classes.
-TERM_WEIGHTS = {
-    "rho": lambda old, seen: old / seen,  # Jodelet et al., section 3.1
-    "1-rho": lambda old, seen: 1.0 - old / seen,
-}
 CHOICES: dict[str, tuple[str, ...]] = {
     "prior": ("none", "balanced", "weighted", "meta", "relaxed"),
     "epsilon_unit": ("count", "percent"),
+    "classification": ("auto", "softmax_ce"),
     "parallel": ("jit", "pmap"),
     "matmul_precision": ("default", "high", "highest"),
     "scenario.subset": ("all", "first100", "lucir"),
@@ -32,8 +26,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "memory.selection": ("herding", "random"),
     "model.shortcut": ("A", "B"),
     "model.stem": ("7x7", "3x3"),
-    "model.head": ("linear",),
+    "model.head": heads.NAMES,
     "model.dtype": ("float32", "bfloat16"),
+    "optim.schedule": ("step", "cosine"),
+    "finetune.when": ("auto", "always", "never"),
+    "finetune.trainable": ("head", "all"),
+    "finetune.batch_norm": ("train", "eval"),
     "meta.optimizer": ("sgd", "adam"),
     "meta.batch_norm": ("train", "eval"),
 }
@@ -56,12 +54,16 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "memory.budget": (0, None),
     "model.width": (0, None),
     "model.conv_chunks": (0, None),
+    "model.proxies": (1, None),
     "optim.epochs": (1, None),
     "optim.batch_size": (1, None),
     "optim.learning_rate": (0, None),
     "optim.momentum": (0, 1),
     "optim.weight_decay": (0, None),
     "optim.decay": (0, 1),
+    "optim.clip": (0, None),
+    "finetune.epochs": (0, None),
+    "finetune.learning_rate": (0, None),
     "optim.base_epochs": (0, None),
     "optim.base_learning_rate": (0, None),
     "meta.every": (1, None),
@@ -75,6 +77,8 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "checkpoint.minutes": (0, None),
     "checkpoint.keep": (1, None),
 }
+# Priors that are not those of a balanced set's counts, on which fine-tuning runs.
+_OWN_COUNTS = ("weighted", "meta", "relaxed")
 # Fields that cannot change a run's results: not part of its hash.
 NOT_HASHED = (
     "name",
@@ -138,7 +142,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """Returns a validated copy with everything derived filled in.
 
     Runs after the command line's overrides. Derived: the name, the base step's
-    training lengths, numeric weights of terms.
+    training lengths, the classification loss, whether there is fine-tuning.
 
     Raises:
       UserError: a field is missing, unknown, of a wrong type or out of range.
@@ -151,6 +155,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
             config.optim.base_milestones = config.optim.milestones
         if config.optim.base_learning_rate == 0:
             config.optim.base_learning_rate = config.optim.learning_rate
+        config.terms = terms.with_prior(
+            config.terms, config.prior, config.classification
+        )
+        when = config.finetune.when
+        if when == "never" or (when == "auto" and config.prior != "none"):
+            config.finetune.epochs = 0
         if not config.name:
             config.name = _default_name(config)
     return config
@@ -173,17 +183,17 @@ def validate(config: ConfigDict) -> None:
       UserError: names the field, its value and what is allowed.
     """
     _check_fields(config.to_dict(), default_config().to_dict(), "")
-    _check_terms(config.terms)
+    terms.check(config.terms)
     fields = flatten(config)
     for name, allowed in CHOICES.items():
         if fields[name] not in allowed:
-            raise _error(name, fields[name], f"one of {', '.join(allowed)}")
+            raise field_error(name, fields[name], f"one of {', '.join(allowed)}")
     for name, (low, high) in BOUNDS.items():
         value = fields[name]
         if low is not None and value < low:
-            raise _error(name, value, f"at least {low}")
+            raise field_error(name, value, f"at least {low}")
         if high is not None and value > high:
-            raise _error(name, value, f"at most {high}")
+            raise field_error(name, value, f"at most {high}")
     _check_together(config)
 
 
@@ -199,119 +209,54 @@ def _check_fields(given: Mapping[str, Any], expected: Mapping, prefix: str) -> N
             continue
         if isinstance(want, dict) != isinstance(value, dict):
             kind = "a section" if isinstance(want, dict) else type(want).__name__
-            raise _error(prefix + name, value, kind)
+            raise field_error(prefix + name, value, kind)
         if isinstance(want, dict):
             _check_fields(value, want, f"{prefix}{name}.")
-        elif not _same_type(value, want):
-            raise _error(prefix + name, value, f"a value of type {type(want).__name__}")
-        elif not _finite(value):
-            raise _error(prefix + name, value, "finite numbers")
-
-
-def _same_type(value: Any, want: Any) -> bool:
-    if isinstance(want, bool) or isinstance(value, bool):
-        return isinstance(want, bool) and isinstance(value, bool)
-    if isinstance(want, tuple):
-        return isinstance(value, tuple) and all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in value
-        )
-    if isinstance(want, float):
-        return isinstance(value, int | float)
-    return isinstance(value, type(want))
-
-
-def _finite(value: Any) -> bool:
-    """Whether there is neither NaN nor an infinity in a value."""
-    values = value if isinstance(value, tuple) else (value,)
-    return all(math.isfinite(v) for v in values if isinstance(v, float))
-
-
-def _check_terms(terms: Any) -> None:
-    if not isinstance(terms, ConfigDict) or not terms:
-        raise _error("terms", terms, "a section of loss terms, at least one")
-    known = sorted(module.name for module in pkgutil.iter_modules(losses.__path__))
-    for name, term in terms.items():
-        if name not in known:
-            raise UserError(
-                f"config.terms.{name} is unknown; losses: {', '.join(known)}"
+        elif not terms.same_type(value, want):
+            raise field_error(
+                prefix + name, value, f"a value of type {type(want).__name__}"
             )
-        if not isinstance(term, ConfigDict) or "weight" not in term:
-            raise _error(f"terms.{name}", term, "a section with a weight")
-        term_weight(name, term.weight, old=1, seen=2)
-        _check_options(name, {k: v for k, v in term.items() if k != "weight"})
-
-
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Compares a term's options with the keyword arguments of its function."""
-    known = {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(term_module(name).term).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    for option, value in options.items():
-        if option not in known:
-            names = ", ".join(["weight", *known])
-            raise UserError(f"config.terms.{name}.{option} is unknown; known: {names}")
-        want = known[option]
-        if not (_same_type(value, want) and _finite(value)):
-            kind = f"a finite value of type {type(want).__name__}"
-            raise _error(f"terms.{name}.{option}", value, kind)
-
-
-def term_module(name: str) -> ModuleType:
-    """The module of a loss term, from `bsce_jax.losses`."""
-    return importlib.import_module(f"{losses.__name__}.{name}")
-
-
-def in_base_step(name: str) -> bool:
-    """Whether a term has a place in the base step, where no class is old."""
-    return not getattr(term_module(name), "NEEDS_OLD_CLASSES", False)
-
-
-def term_weight(name: str, weight: str | float, old: int, seen: int) -> float:
-    """A term's weight in a step with `old` old and `seen` seen classes.
-
-    Raises:
-      UserError: not a number and not a name of TERM_WEIGHTS.
-    """
-    if isinstance(weight, str) and weight in TERM_WEIGHTS:
-        return float(TERM_WEIGHTS[weight](old, seen))
-    try:
-        number = math.nan if isinstance(weight, bool) else float(weight)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        names = ", ".join(TERM_WEIGHTS)
-        raise _error(f"terms.{name}.weight", weight, f"a number or {names}")
-    return number
+        elif not terms.finite(value):
+            raise field_error(prefix + name, value, "finite numbers")
 
 
 def _check_together(config: ConfigDict) -> None:
     """Checks that involve several fields."""
     data, meta, memory, optim = config.data, config.meta, config.memory, config.optim
     if len(data.mean) != len(data.std) or not all(s > 0 for s in data.std):
-        raise _error("data.std", data.std, f"{len(data.mean)} positive numbers")
+        raise field_error("data.std", data.std, f"{len(data.mean)} positive numbers")
     if meta.minimum > meta.maximum:
-        raise _error("meta.minimum", meta.minimum, f"at most {meta.maximum}")
+        raise field_error("meta.minimum", meta.minimum, f"at most {meta.maximum}")
     for name, milestones in (
         ("optim.milestones", optim.milestones),
         ("optim.base_milestones", optim.base_milestones),
+        ("finetune.milestones", config.finetune.milestones),
     ):
         if list(milestones) != sorted(milestones) or any(m <= 0 for m in milestones):
-            raise _error(name, milestones, "epochs above 0 in ascending order")
+            raise field_error(name, milestones, "epochs above 0 in ascending order")
     if config.prior == "meta" and memory.kind == "none":
-        raise _error("prior", "meta", "another prior where memory.kind is none")
-    if config.prior != "none" and "softmax_ce" not in config.terms:
-        raise _error("prior", config.prior, "none: no softmax_ce among the terms")
+        raise field_error("prior", "meta", "another prior where memory.kind is none")
+    used = terms.with_prior(config.terms, config.prior, config.classification)
+    if config.prior != "none" and "softmax_ce" not in used:
+        raise field_error("prior", config.prior, "none: no softmax_ce among the terms")
+    for name in filter(terms.needs_similarities, used):
+        if config.model.head == "linear":
+            raise field_error(
+                "model.head", "linear", f"cosine or local_similarity for terms.{name}"
+            )
+    if config.finetune.when == "always" and config.prior in _OWN_COUNTS:
+        raise field_error(
+            "finetune.when", "always", f"auto or never for prior={config.prior}"
+        )
+    methods.check(config)
     if config.prior == "relaxed" and config.epsilon == 0 and memory.kind != "none":
-        raise _error("epsilon", 0.0, "above 0: exemplars are labels of old classes")
+        raise field_error(
+            "epsilon", 0.0, "above 0: exemplars are labels of old classes"
+        )
     if config.prior == "meta" and memory.kind == "growing" and memory.per_class < 2:
-        raise _error("memory.per_class", memory.per_class, "at least 2 for prior=meta")
-
-
-def _error(name: str, value: Any, allowed: str) -> UserError:
-    shown = value.to_dict() if isinstance(value, ConfigDict) else value
-    return UserError(f"config.{name}={shown!r}: expected {allowed}")
+        raise field_error(
+            "memory.per_class", memory.per_class, "at least 2 for prior=meta"
+        )
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""The constants of an incremental step, as arrays on the devices."""
+"""The constants of an incremental step or of its fine-tuning, on the devices."""
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from bsce_jax import log_prior, optim, parallel
+from bsce_jax import log_prior, optim, parallel, terms
 from bsce_jax import plan as planning
-from bsce_jax.config import term_weight
 from bsce_jax.session import Progress, Run
-from bsce_jax.state import StepContext
+from bsce_jax.state import PyTree, StepContext
 
 
 def make_context(run: Run, progress: Progress, data: planning.StepData) -> StepContext:
@@ -32,7 +31,7 @@ def make_context(run: Run, progress: Progress, data: planning.StepData) -> StepC
     for task, group in enumerate(dataset.groups):
         task_ids[group.start : group.stop] = task
     weights = {
-        name: np.float32(term_weight(name, term.weight, data.num_old, data.num_seen))
+        name: np.float32(terms.weight(name, term, data.num_old, data.num_seen))
         for name, term in config.terms.items()
     }
     context = StepContext(
@@ -42,10 +41,25 @@ def make_context(run: Run, progress: Progress, data: planning.StepData) -> StepC
         counts=counts,
         task_ids=task_ids,
         weights=weights,
-        update_scale=optim.update_scale(progress.state.params, seen),
+        update_scale=_update_scale(config, progress.state.params, data, old, seen),
         teachers=(progress.teacher,) if data.step else (),
     )
     return parallel.replicate(run.programs.parallel, context)
+
+
+def _update_scale(
+    config: ConfigDict,
+    params: PyTree,
+    data: planning.StepData,
+    old: np.ndarray,
+    seen: np.ndarray,
+) -> PyTree:
+    """Main training may hold the old rows; fine-tuning moves all, or nothing else."""
+    if data.phase == "main":
+        held = old if config.optim.freeze_old_rows else np.zeros_like(old)
+        return optim.update_scale(params, seen & ~held)
+    rest = 1.0 if config.finetune.trainable == "all" else 0.0
+    return optim.update_scale(params, seen, rest=rest, scalars=rest)
 
 
 def epsilon_count(config: ConfigDict) -> float:

@@ -13,13 +13,16 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
     c.name = ""  # label in reports; "" = data set, method, prior and steps
     c.seed = 0  # initialisation, data order, augmentation and random selections
-    c.method = "il_baseline"  # the procedure; its losses are in `terms`
+    c.method = "il_baseline"  # its procedure in bsce_jax/methods; losses: `terms`
     # Log-prior added to the logits in training (Jodelet et al., Eq. 3, 5 and 6):
     # none (softmax) | balanced | weighted (fixed alpha) | meta | relaxed
     c.prior = "none"
     c.alpha = 1.0  # weighted: factor of the old classes' counts (Eq. 5)
     c.epsilon = 0.0  # relaxed: weight of every old class (Eq. 6)
     c.epsilon_unit = "count"  # count | percent of data.nominal_per_class
+    # auto: a prior replaces a method's own classification loss (PODNet's NCA) by
+    # softmax_ce | softmax_ce: replace it without a prior too
+    c.classification = "auto"
     c.init_from = ""  # workdir of another run whose base step is taken over
     c.parallel = "jit"  # jit (over a mesh of all devices) | pmap
     c.updates_per_call = 0  # updates in one compiled call; 0 = 1 on CPU, else 50
@@ -33,12 +36,16 @@ def default_config() -> ConfigDict:
     c.memory = _memory()
     c.model = _model()
     c.optim = _optim()
-    # Loss terms: name of a module in bsce_jax/losses -> weight and options. A weight
-    # is a number or one of config.TERM_WEIGHTS ("rho" = old classes / seen classes).
+    c.finetune = _finetune()
+    # Loss terms: name of a module in bsce_jax/losses -> weight, factor and options. A
+    # weight is a number or one of terms.WEIGHTS ("rho" = old classes / seen
+    # classes); `factor` (1 where it is not given) multiplies it.
     c.terms = ConfigDict()
     c.meta = _meta()
     c.evaluation = ConfigDict()
     c.evaluation.batch_size = 500  # images a call, in evaluation and herding
+    # With a memory, also the accuracy of the nearest mean of exemplars (iCaRL).
+    c.evaluation.nearest_mean = True
     c.checkpoint = ConfigDict()
     c.checkpoint.minutes = 10.0  # inside a step; the end of a step always saves
     c.checkpoint.keep = 2  # newest checkpoints kept besides the ends of steps
@@ -86,12 +93,15 @@ def _memory() -> ConfigDict:
 
 def _model() -> ConfigDict:
     c = ConfigDict()
-    c.name = "resnet32"  # resnet<6n+2> (CIFAR) | resnet18 | resnet34
+    # resnet<6n+2> (CIFAR) | resnet18 | resnet34 | podnet<6n+2> | podnet18: the last
+    # two are PODNet's, where shortcut, final_relu and stem are as published
+    c.name = "resnet32"
     c.width = 0  # channels of the first stage; 0 = as published (16 or 64)
     c.shortcut = "B"  # A (padding) | B (1x1 convolution), CIFAR networks
     c.final_relu = True  # ReLU after the last block's addition
     c.stem = "7x7"  # 7x7 | 3x3, resnet18 and resnet34
-    c.head = "linear"
+    c.head = "linear"  # linear | cosine (LUCIR) | local_similarity (PODNet)
+    c.proxies = 10  # of a class, local_similarity
     c.dtype = "float32"  # float32 | bfloat16 compute; parameters are float32
     c.conv_chunks = 0  # batch chunks of a convolution (CPU speed); 0 = automatic
     return c
@@ -104,13 +114,30 @@ def _optim() -> ConfigDict:
     c.learning_rate = 0.1
     c.momentum = 0.9
     c.weight_decay = 2e-4  # coupled (L2), on every parameter
+    # step (milestones) | cosine (to 0, one epoch behind, as PODNet's authors run it)
+    c.schedule = "step"
     c.milestones = (100, 150, 200)  # epochs at which the rate is multiplied by decay
     c.decay = 0.1
+    c.clip = 0.0  # every entry of the gradient is kept in [-clip, clip]; 0 = no limit
+    c.freeze_old_rows = False  # the old classes' rows of the head do not move
     # The base step, where it differs: 0 epochs = epochs and milestones as above, rate
     # 0 = as above.
     c.base_epochs = 0
     c.base_learning_rate = 0.0
     c.base_milestones = ()
+    return c
+
+
+def _finetune() -> ConfigDict:
+    """Balanced fine-tuning on the exemplars of all classes, after a step's training."""
+    c = ConfigDict()
+    # auto: where prior is none (a balanced loss takes its place) | always | never
+    c.when = "auto"
+    c.epochs = 0  # 0 = the method has no fine-tuning
+    c.learning_rate = 0.01
+    c.milestones = ()  # epochs at which the rate is multiplied by optim.decay
+    c.trainable = "head"  # head (all rows, but not the learned scale) | all
+    c.batch_norm = "eval"  # train: batch statistics, running ones go on | eval
     return c
 
 

@@ -29,7 +29,7 @@ def describe(config: ConfigDict, workdir: str) -> str:
         "----  -------  ------  ---------  --------------  -------------  -------",
     ]
     updates = 0
-    for data in planning.planned_steps(config, run.dataset):
+    for data in planning.planned_phases(config, run.dataset):
         context = make_context(run, progress, data)
         prior = np.asarray(context.log_prior)
         prior = prior[prior > EXCLUDED]
@@ -55,7 +55,7 @@ def describe(config: ConfigDict, workdir: str) -> str:
 
 def _measure(run: session.Run, progress: session.Progress) -> tuple[float, str]:
     """Seconds of a base update (median of five calls) and its device memory."""
-    data = planning.planned_steps(run.config, run.dataset)[0]
+    data = planning.planned_phases(run.config, run.dataset)[0]
     plan = training.make_plan(run.config, data)
     context = make_context(run, progress, data)
     width = run.programs.updates_per_call

@@ -17,7 +17,7 @@ def predict(
     data: Images,
     indices: np.ndarray,
     batch_size: int,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Classifies images by the highest logit among the seen classes.
 
     Args:
@@ -30,14 +30,14 @@ def predict(
       batch_size: images a call.
 
     Returns:
-      int32 [N], predicted positions in the class order, and bool [N], whether the
-      label is among the five highest logits.
+      int32 [N], predicted positions in the class order; bool [N], whether the label
+      is among the five highest logits; float32 [N, D], features.
     """
     arguments = (params, batch_stats, seen, data)
-    predicted, top5 = _over_batches(
+    predicted, top5, found = _over_batches(
         programs, programs.evaluate, arguments, indices, batch_size
     )
-    return predicted, top5
+    return predicted, top5, found
 
 
 def features(
@@ -47,9 +47,14 @@ def features(
     data: Images,
     indices: np.ndarray,
     batch_size: int,
+    mirrored: bool = False,
 ) -> np.ndarray:
-    """Features of the test transform, float32 [N, D]; arguments as for predict."""
-    arguments = (params, batch_stats, data)
+    """Features of the test transform, float32 [N, D]; arguments as for predict.
+
+    With `mirrored` those of the images flipped from left to right.
+    """
+    flip = parallel.replicate(programs.parallel, np.bool_(mirrored))
+    arguments = (params, batch_stats, data, flip)
     return _over_batches(programs, programs.features, arguments, indices, batch_size)[0]
 
 

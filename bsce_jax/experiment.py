@@ -1,10 +1,10 @@
 """A run from the first step to the last.
 
-For each step: data -> begin -> fit -> exemplars -> evaluate -> checkpoint. All that
-must survive a crash is in the checkpoint; results.json is written from it.
+For each step: begin -> train -> fine-tune -> exemplars -> evaluate -> checkpoint. All
+that must survive a crash is in the checkpoint; results.json is written from it.
 """
 
-import hashlib
+import logging
 import time
 from typing import Any
 
@@ -17,7 +17,7 @@ from bsce_jax import (
     checkpoint,
     evaluate,
     memory,
-    metrics,
+    methods,
     parallel,
     session,
     startup,
@@ -32,7 +32,10 @@ from bsce_jax.monitor import Monitor
 from bsce_jax.report import results as results_file
 from bsce_jax.report import tables
 from bsce_jax.session import Progress, Run
-from bsce_jax.state import Images, TrainState
+from bsce_jax.state import Images, PyTree, TrainState
+from bsce_jax.step_result import step_result
+
+logger = logging.getLogger("bsce_jax")
 
 
 def run(
@@ -51,13 +54,18 @@ def run(
       training.StopRequested: `stop` was set; everything is saved.
     """
     run = prepare(config, epath.Path(workdir))
+    if config.finetune.epochs and config.memory.kind == "none":
+        logger.info("no fine-tuning: there is no memory")
     progress = session.restore(run)
     run.monitor.start(progress.before + progress.history.updates)
     for step in range(progress.step + progress.finished, len(run.dataset.groups)):
         if step > progress.step:
             progress = begin(run, progress, step)
         run.monitor.begin_step()
-        train(run, progress, stop)
+        if progress.main is None:
+            train(run, progress, stop)
+        if planning.has_finetuning(config, run.dataset, step):
+            finetune(run, progress, stop)
         select_exemplars(run, progress)
         record(run, progress)
         session.save(run, progress, finished=True)
@@ -87,7 +95,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
 
     updates = [
         training.make_plan(config, data).updates
-        for data in planning.planned_steps(config, dataset)
+        for data in planning.planned_phases(config, dataset)
     ]
     return Run(
         config,
@@ -97,21 +105,20 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
         place(dataset.train_images, dataset.train_labels),
         place(dataset.test_images, dataset.test_labels),
         results,
-        Monitor(workdir, len(updates), sum(updates), config.log_seconds),
+        Monitor(workdir, len(dataset.groups), sum(updates), config.log_seconds),
     )
 
 
 def begin(run: Run, progress: Progress, step: int) -> Progress:
     """Starts an incremental step: the trained network becomes the teacher.
 
-    The optimiser starts anew, and so does alpha; the head's new rows still have
-    their initial values.
+    The optimiser starts anew, and so does alpha; the head's rows of the new classes
+    are the method's, or still have their initial values.
     """
     programs = run.programs
     alpha = run.config.alpha if run.config.prior == "weighted" else 1.0
-    state = jax.device_get(progress.state)
-    state = state.replace(
-        opt_state=jax.tree.map(np.zeros_like, state.opt_state),
+    state = _new_optimizer(progress.state).replace(
+        params=new_head_rows(run, progress, step),
         alpha=np.float32(alpha),
         alpha_opt_state=jax.device_get(programs.alpha_optimizer.init(np.float32(1.0))),
     )
@@ -119,6 +126,7 @@ def begin(run: Run, progress: Progress, step: int) -> Progress:
         step=step,
         finished=False,
         before=progress.before + progress.history.updates,
+        main=None,
         history=training.History(),
         state=parallel.replicate(programs.parallel, state),
         teacher=session.copy_network(run, progress.state),
@@ -126,10 +134,66 @@ def begin(run: Run, progress: Progress, step: int) -> Progress:
     )
 
 
+def new_head_rows(run: Run, progress: Progress, step: int) -> PyTree:
+    """The parameters, on the host, with the method's head rows of the new classes."""
+    config, dataset = run.config, run.dataset
+    params = jax.device_get(progress.state.params)
+    method = methods.module(config.method)
+    if not hasattr(method, "begin"):
+        return params
+    data = planning.step_data(config, dataset, progress.ranking, step)
+    labels = dataset.train_labels[data.train]
+    features = [
+        evaluate.features(
+            run.programs,
+            progress.state.params,
+            progress.state.batch_stats,
+            run.train,
+            data.train[labels == position],
+            config.evaluation.batch_size,
+        )
+        for position in dataset.groups[step]
+    ]
+    rng = np.random.default_rng([config.seed, step, _NEW_ROWS])
+    head = method.begin(params["head"], features, data.num_old, rng)
+    return {**params, "head": head}
+
+
+def _new_optimizer(state: TrainState) -> TrainState:
+    """The state, on the host, with the optimiser as at its start: no momentum."""
+    state = jax.device_get(state)
+    return state.replace(opt_state=jax.tree.map(np.zeros_like, state.opt_state))
+
+
 def train(run: Run, progress: Progress, stop: startup.StopSignal) -> None:
-    """Trains the current step, from wherever it stands."""
+    """Main training of the current step, from wherever it stands."""
+    data = planning.step_data(run.config, run.dataset, progress.ranking, progress.step)
+    _fit(run, progress, data, stop)
+
+
+def finetune(run: Run, progress: Progress, stop: startup.StopSignal) -> None:
+    """Balanced fine-tuning of the current step, from wherever it stands.
+
+    It begins by choosing the new classes' exemplars, with the network just trained.
+    """
+    if progress.main is None:
+        select_exemplars(run, progress)
+        progress.before += progress.history.updates
+        progress.main, progress.history = progress.history, training.History()
+        progress.state = parallel.replicate(
+            run.programs.parallel, _new_optimizer(progress.state)
+        )
+    data = planning.finetune_data(
+        run.config, run.dataset, progress.ranking, progress.step
+    )
+    _fit(run, progress, data, stop)
+
+
+def _fit(
+    run: Run, progress: Progress, data: planning.StepData, stop: startup.StopSignal
+) -> None:
+    """Trains a phase of a step, saving inside it."""
     config = run.config
-    data = planning.step_data(config, run.dataset, progress.ranking, progress.step)
     plan = training.make_plan(config, data)
     context = make_context(run, progress, data)
     last_save = time.monotonic()
@@ -184,69 +248,22 @@ def select_exemplars(run: Run, progress: Progress) -> None:
         progress.ranking = memory.store(progress.ranking, position, indices)
 
 
-_RANDOM_EXEMPLARS = 2  # keeps this stream of random numbers apart from the others
+# Keep these streams of random numbers apart from the others.
+_RANDOM_EXEMPLARS, _NEW_ROWS = 2, 3
 
 
 def record(run: Run, progress: Progress) -> None:
     """Evaluates the network on all classes seen and appends the step's record."""
-    config, dataset, state = run.config, run.dataset, progress.state
-    data = planning.step_data(config, dataset, progress.ranking, progress.step)
-    images = np.flatnonzero(dataset.test_labels < data.num_seen)
-    labels = dataset.test_labels[images]
-    seen = np.arange(dataset.num_classes) < data.num_seen
-    predicted, top5 = evaluate.predict(
-        run.programs,
-        state.params,
-        state.batch_stats,
-        parallel.replicate(run.programs.parallel, seen),
-        run.test,
-        images,
-        config.evaluation.batch_size,
-    )
-    confusion = metrics.confusion_matrix(labels, predicted, dataset.num_classes)
-
-    def percent(first: int, last: int) -> float:
-        return 100.0 * metrics.accuracy(confusion, slice(first, last))
-
-    groups = dataset.groups[: progress.step + 1]
-    by_task = [percent(group.start, group.stop) for group in groups]
-    result = {
-        "num_old": data.num_old,
-        "num_seen": data.num_seen,
-        "train_images": len(data.train),
-        "memory_images": data.exemplars,
-        "counts": [int(n) for n in data.counts[: data.num_seen]],
-        "top1": percent(0, data.num_seen),
-        "top5": 100.0 * float(np.mean(top5)) if data.num_seen > 5 else None,
-        "top1_base": by_task[0],
-        "top1_old": percent(0, data.num_old) if data.num_old else None,
-        "top1_new": by_task[-1],
-        "top1_by_task": by_task,
-        "loss": progress.history.loss,
-        "train_accuracy": progress.history.accuracy,
-        "alpha": progress.history.alpha,
-        "parameters_sha256": _fingerprint(state),
-        "confusion": [
-            [int(i), int(j), int(confusion[i, j])] for i, j in np.argwhere(confusion)
-        ],
-    }
+    result = step_result(run, progress)
     for earlier in run.results["steps"]:
         earlier["result"].pop("confusion", None)
     found = {"result": result, "telemetry": run.monitor.step_telemetry()}
     run.results["steps"].append({"step": progress.step, **found})
     run.results["summary"] = results_file.summary(run.results["steps"])
-    if progress.step == len(dataset.groups) - 1:
+    if progress.step == len(run.dataset.groups) - 1:
         run.results["status"] = "done"
     updates = progress.before + progress.history.updates
     run.monitor.evaluated(progress.step, updates, result)
-
-
-def _fingerprint(state: TrainState) -> str:
-    """SHA-256 of the network's arrays."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(jax.device_get((state.params, state.batch_stats))):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()
 
 
 def finish(run: Run) -> dict[str, Any]:

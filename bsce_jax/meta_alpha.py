@@ -23,6 +23,7 @@ def gradient(
     alpha: ArrayLike,
     learning_rate: ArrayLike,
     mode: str = "forward",
+    scale: Any = None,
     axis_name: str | None = None,
 ) -> jax.Array:
     """Derivative by alpha of the validation loss after one step of gradient descent.
@@ -44,6 +45,8 @@ def gradient(
       mode: "forward" differentiates the step in the one direction alpha (jvp over
         grad: about the memory of a plain training step); "reverse" is the literal
         nested gradient, which stores both passes. They agree to rounding.
+      scale: factor of the inner step, like params, leaves broadcastable (0 for frozen
+        parameters); None is 1.
       axis_name: the mapped axis, in pmap.
 
     Returns:
@@ -55,6 +58,8 @@ def gradient(
 
     def loss_after_step(alpha: jax.Array) -> jax.Array:
         inner = _sum_over_devices(jax.grad(train_loss)(params, alpha), axis_name)
+        if scale is not None:
+            inner = jax.tree.map(lambda g, s: g * s.astype(g.dtype), inner, scale)
         stepped = jax.tree.map(lambda p, g: p - learning_rate * g, params, inner)
         return validation_loss(stepped)
 

@@ -52,9 +52,9 @@ class Monitor:
         """Takes note of a finished call.
 
         Args:
-          plan: of the step.
-          history: after the call.
-          before: updates of earlier steps.
+          plan: of the phase.
+          history: of the phase, after the call.
+          before: updates of earlier steps and phases.
           images: of the call.
         """
         assert self._progress is not None and self._timeline is not None
@@ -67,6 +67,7 @@ class Monitor:
         self._last_call = now
         epochs = len(history.loss)
         where = f"step {plan.step}/{self._steps - 1}"
+        where += ", fine-tuning" if plan.phase == "finetune" else ""
         where += f", epoch {min(epochs + 1, plan.epochs)}/{plan.epochs}"
         loss = history.loss[-1] if epochs else None
         first = (self._done - before) // plan.updates_per_epoch
@@ -87,7 +88,14 @@ class Monitor:
     def evaluated(self, step: int, update: int, result: Mapping[str, Any]) -> None:
         """Shows a step's accuracies; `update` counts over the whole run."""
         assert self._progress is not None and self._timeline is not None
-        names = ("top1", "top5", "top1_base", "top1_old", "top1_new")
+        names = (
+            "top1",
+            "top1_nearest_mean",
+            "top5",
+            "top1_base",
+            "top1_old",
+            "top1_new",
+        )
         found = {name: result[name] for name in names if result[name] is not None}
         self._timeline.scalars(update, {f"test/{k}": v for k, v in found.items()})
         shown = ", ".join(f"{name} {value:.2f}" for name, value in found.items())

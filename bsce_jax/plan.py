@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
-from bsce_jax import memory, scenario
-from bsce_jax.config import digest, flatten, in_base_step, term_weight
+from bsce_jax import memory, scenario, terms
+from bsce_jax.config import digest, flatten
 from bsce_jax.data import resident, source
 from bsce_jax.errors import UserError
 
@@ -47,9 +47,10 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class StepData:
-    """The images of one step, as indices into the training images.
+    """The images of one phase of a step, as indices into the training images.
 
     Attributes:
+      phase: "main", or "finetune" on the exemplars of all classes.
       step: 0 is the base step.
       num_old, num_seen: classes before the step, and with it.
       train: int32, D_t: new images and exemplars, without the held-out ones.
@@ -59,6 +60,7 @@ class StepData:
         `held_out` together.
     """
 
+    phase: str
     step: int
     num_old: int
     num_seen: int
@@ -186,17 +188,46 @@ def step_data(
         rng = np.random.default_rng([config.seed, step, _HELD_OUT])
         train, held_out = memory.balanced_split(train, labels[train], held, rng)
     counts = np.bincount(labels[train], minlength=dataset.num_classes)
-    return StepData(step, num_old, group.stop, train, held_out, counts, num_old * size)
+    kept = num_old * size
+    return StepData("main", step, num_old, group.stop, train, held_out, counts, kept)
 
 
-def planned_steps(config: ConfigDict, dataset: Dataset) -> list[StepData]:
-    """Every step's data, with stand-ins for exemplars that are not chosen yet."""
+def has_finetuning(config: ConfigDict, dataset: Dataset, step: int) -> bool:
+    """Whether an incremental step ends with fine-tuning on exemplars of all classes."""
+    size = exemplars_per_class(config, dataset.groups[step].stop)
+    return step > 0 and config.finetune.epochs > 0 and size > 0
+
+
+def finetune_data(
+    config: ConfigDict, dataset: Dataset, ranking: np.ndarray, step: int
+) -> StepData:
+    """The balanced training set of a step's fine-tuning: the exemplars it leaves.
+
+    Arguments as for `step_data`, with the new classes ranked too.
+    """
+    group = dataset.groups[step]
+    size = exemplars_per_class(config, group.stop)
+    train, labels = memory.exemplars(ranking, group.stop, size)
+    counts = np.bincount(labels, minlength=dataset.num_classes)
+    nothing = np.zeros(0, np.int32)
+    old = group.start
+    return StepData(
+        "finetune", step, old, group.stop, train, nothing, counts, old * size
+    )
+
+
+def planned_phases(config: ConfigDict, dataset: Dataset) -> list[StepData]:
+    """Every phase's data, with stand-ins for exemplars that are not chosen yet."""
     ranking = empty_ranking(config, dataset)
     for position in range(dataset.num_classes):
         images = np.flatnonzero(dataset.train_labels == position)
         ranking[position] = images[: ranking.shape[1]]
-    steps = range(len(dataset.groups))
-    return [step_data(config, dataset, ranking, step) for step in steps]
+    planned = []
+    for step in range(len(dataset.groups)):
+        planned.append(step_data(config, dataset, ranking, step))
+        if has_finetuning(config, dataset, step):
+            planned.append(finetune_data(config, dataset, ranking, step))
+    return planned
 
 
 _HELD_OUT = 1  # keeps this stream of random numbers apart from the epoch orders'
@@ -210,6 +241,8 @@ _BASE_FIELDS = (
     "optim.momentum",
     "optim.weight_decay",
     "optim.decay",
+    "optim.clip",
+    "optim.schedule",
 )
 _NOT_BASE = ("data.data_dir", "data.nominal_per_class")
 
@@ -235,7 +268,7 @@ def base_hash(config: ConfigDict, dataset: Dataset) -> str:
     part["terms"] = {
         name: {**term.to_dict(), "weight": weight}
         for name, term in config.terms.items()
-        if in_base_step(name) and (weight := term_weight(name, term.weight, 0, base))
+        if terms.in_base_step(name) and (weight := terms.weight(name, term, 0, base))
     }
     counts = dataset.images_per_class[:base]
     if config.prior != "none" and np.any(counts != counts[0]):

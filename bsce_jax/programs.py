@@ -10,8 +10,7 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bsce_jax import models, optim, parallel, steps, updates
-from bsce_jax.config import in_base_step, term_module
+from bsce_jax import models, optim, parallel, steps, terms, updates
 from bsce_jax.data import augment
 from bsce_jax.models import convolution
 from bsce_jax.state import PyTree
@@ -26,6 +25,7 @@ class Programs:
       model: the network.
       base_update, incremental_update, meta_update: see updates.make_train_update and
         make_meta_update; the base program has neither teacher nor old classes.
+      finetune_update: as incremental_update, for balanced fine-tuning.
       evaluate, features: see steps.make_evaluate and make_features.
       optimizer, alpha_optimizer: optax.
       updates_per_call: U of the plans that the updates take.
@@ -36,6 +36,7 @@ class Programs:
     base_update: Callable
     incremental_update: Callable
     meta_update: Callable | None
+    finetune_update: Callable | None
     evaluate: Callable
     features: Callable
     optimizer: optax.GradientTransformation
@@ -50,58 +51,71 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
       UserError: an unknown network or loss.
     """
     model = build_model(config, devices, num_classes)
-    program = steps.Program(
-        model=model,
-        terms=_terms(config, base=False),
-        optimizer=optim.sgd(config.optim.momentum, config.optim.weight_decay),
-        train_images=train_transform(config),
-        test_images=test_transform(config),
-        meta=_meta(config) if config.prior == "meta" else None,
+    main = _main_program(config, model)
+    base = dataclasses.replace(main, terms=_terms(config, base=True), meta=None)
+    tuned = dataclasses.replace(
+        main,
+        meta=None,
+        trainable=("head",) if config.finetune.trainable == "head" else (),
+        batch_norm=config.finetune.batch_norm,
     )
-    base = dataclasses.replace(program, terms=_terms(config, base=True), meta=None)
     compiled = functools.partial(parallel.compile_step, devices)
     whole: parallel.Kind = "replicated"
     rows: parallel.Kind = "batch"
-    update_inputs = (whole, whole, whole, whole, whole, rows)
 
-    def update(
-        function: Callable, name: str, inputs: tuple = update_inputs
-    ) -> Callable:
-        outputs = (whole, whole)
+    def update(function: Callable, name: str, more: tuple = ()) -> Callable:
         return compiled(
-            function, name=name, inputs=inputs, outputs=outputs, donate=(0,)
+            function,
+            name=name,
+            inputs=(whole,) * 5 + (rows, *more),
+            outputs=(whole, whole),
+            donate=(0,),
         )
 
-    meta_update = None
-    if program.meta is not None:
-        meta_update = update(
-            updates.make_meta_update(program), "meta_update", (*update_inputs, rows)
-        )
+    meta_update = finetune_update = None
+    if main.meta is not None:
+        meta_update = update(updates.make_meta_update(main), "meta_update", (rows,))
+    if config.finetune.epochs:
+        finetune_update = update(updates.make_train_update(tuned), "finetune_update")
     return Programs(
         parallel=devices,
         model=model,
         base_update=update(updates.make_train_update(base), "base_update"),
         incremental_update=update(
-            updates.make_train_update(program), "incremental_update"
+            updates.make_train_update(main), "incremental_update"
         ),
         meta_update=meta_update,
+        finetune_update=finetune_update,
         evaluate=compiled(
-            steps.make_evaluate(program),
+            steps.make_evaluate(main),
             name="evaluate",
-            inputs=(whole, whole, whole, whole, rows),
-            outputs=(rows, rows),
+            inputs=(whole,) * 4 + (rows,),
+            outputs=(rows, rows, rows),
         ),
         features=compiled(
-            steps.make_features(program),
+            steps.make_features(main),
             name="features",
-            inputs=(whole, whole, whole, rows),
+            inputs=(whole,) * 4 + (rows,),
             outputs=(rows,),
         ),
-        optimizer=program.optimizer,
+        optimizer=main.optimizer,
         alpha_optimizer=optim.alpha_optimizer(
             config.meta.optimizer, config.meta.learning_rate
         ),
         updates_per_call=updates_per_call(config, devices),
+    )
+
+
+def _main_program(config: ConfigDict, model: nn.Module) -> steps.Program:
+    """The static part of the main training of an incremental step."""
+    o = config.optim
+    return steps.Program(
+        model=model,
+        terms=_terms(config, base=False),
+        optimizer=optim.sgd(o.momentum, o.weight_decay, o.clip),
+        train_images=train_transform(config),
+        test_images=test_transform(config),
+        meta=_meta(config) if config.prior == "meta" else None,
     )
 
 
@@ -145,6 +159,7 @@ def build_model(
         final_relu=m.final_relu,
         stem=m.stem,
         head=m.head,
+        proxies=m.proxies,
         dtype=m.dtype,
         conv_chunks=chunks,
     )
@@ -184,12 +199,11 @@ def updates_per_call(config: ConfigDict, devices: parallel.Parallel) -> int:
 
 def _terms(config: ConfigDict, base: bool) -> tuple[steps.Term, ...]:
     """The configured terms; without those that need old classes in the base step."""
-    terms = []
-    for name, term in sorted(config.terms.items()):
-        options = {k: v for k, v in term.items() if k != "weight"}
-        if in_base_step(name) or not base:
-            terms.append(steps.Term(name, term_module(name).term, options))
-    return tuple(terms)
+    return tuple(
+        steps.Term(name, terms.module(name).term, terms.options(term))
+        for name, term in sorted(config.terms.items())
+        if terms.in_base_step(name) or not base
+    )
 
 
 def _meta(config: ConfigDict) -> steps.Meta:

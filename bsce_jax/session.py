@@ -46,8 +46,9 @@ class Progress:
     Attributes:
       step: the current step.
       finished: whether the step is trained, evaluated and its exemplars chosen.
-      before: updates of all earlier steps.
-      history: of the current step.
+      before: updates of all earlier steps and phases.
+      main: history of the step's main training once fine-tuning has begun, else None.
+      history: of the current phase of the step.
       state: training state on the devices.
       teacher: {"params", "batch_stats"} of the step before (of the initial network
         in the base step, where nothing reads it).
@@ -57,6 +58,7 @@ class Progress:
     step: int
     finished: bool
     before: int
+    main: training.History | None
     history: training.History
     state: TrainState
     teacher: PyTree
@@ -82,6 +84,7 @@ def initial(run: Run) -> Progress:
         step=0,
         finished=False,
         before=0,
+        main=None,
         history=training.History(),
         state=parallel.replicate(programs.parallel, jax.device_get(state)),
         teacher=copy_network(run, state),
@@ -107,6 +110,7 @@ def save(run: Run, progress: Progress, finished: bool) -> None:
         "step": progress.step,
         "finished": finished,
         "before": progress.before,
+        "main": progress.main and dataclasses.asdict(progress.main),
         "history": dataclasses.asdict(progress.history),
         "results": run.results,
     }
@@ -148,6 +152,7 @@ def restore(run: Run) -> Progress:
         step=found.meta["step"],
         finished=found.meta["finished"],
         before=found.meta["before"],
+        main=found.meta["main"] and training.History(**found.meta["main"]),
         history=training.History(**found.meta["history"]),
         state=parallel.replicate(place, found.arrays["state"]),
         teacher=parallel.replicate(place, found.arrays["teacher"]),

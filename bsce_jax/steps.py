@@ -47,7 +47,17 @@ class Meta:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Everything static of the compiled functions."""
+    """Everything static of the compiled functions.
+
+    Attributes:
+      model: the network.
+      terms: of the loss.
+      optimizer: of the parameters.
+      train_images, test_images: transforms of uint8 images.
+      meta: how alpha is learned, if it is.
+      trainable: top-level names of the parameters with a gradient; () = all.
+      batch_norm: "train", batch statistics move the running ones, or "eval".
+    """
 
     model: nn.Module
     terms: tuple[Term, ...]
@@ -55,6 +65,8 @@ class Program:
     train_images: Callable[..., Array]
     test_images: Callable[..., Array]
     meta: Meta | None = None
+    trainable: tuple[str, ...] = ()
+    batch_norm: str = "train"
 
 
 def _total(value: PyTree, axis_name: str | None) -> PyTree:
@@ -116,8 +128,15 @@ def _loss(
     axis_name: str | None,
 ) -> tuple[Array, tuple[PyTree, Array]]:
     """This device's share of the loss; the statistics and logits beside it."""
+    if program.trainable:
+        # Also spares the backward pass of all that stands before them.
+        params = {
+            name: part if name in program.trainable else jax.lax.stop_gradient(part)
+            for name, part in params.items()
+        }
+    train = program.batch_norm == "train"
     student, batch_stats = _forward(
-        program.model, params, batch_stats, batch, True, axis_name
+        program.model, params, batch_stats, batch, train, axis_name
     )
     prior = log_prior.with_alpha(context.log_prior, context.old, alpha)
     context = context.replace(log_prior=prior)
@@ -195,8 +214,8 @@ def meta_step(
     """One update of alpha (Jodelet et al., Algorithm 1); the network stays.
 
     alpha <- alpha - lr_alpha d/dalpha CE(Z(theta*), Y) on a batch of B_t, with
-    theta* = theta - lr dL(theta, alpha)/dtheta on the training batch. The running
-    statistics of both passes are discarded.
+    theta* = theta - lr dL(theta, alpha)/dtheta on the training batch, where frozen
+    parameters stay. The running statistics of both passes are discarded.
 
     Args:
       program: with `meta`.
@@ -230,6 +249,7 @@ def meta_step(
         state.params,
         state.alpha,
         meta.inner_learning_rate or learning_rate,
+        scale=context.update_scale,
         axis_name=axis_name,
     )
     alpha, alpha_opt_state = meta_alpha.update(
@@ -260,7 +280,8 @@ def make_evaluate(program: Program) -> Callable:
     """Returns evaluate(params, batch_stats, seen, data, rows, axis_name).
 
     It gives, for [1, B] rows, the class of the highest logit among the seen classes
-    (int32 [1, B]) and whether the label is among the five highest (bool [1, B]).
+    (int32 [1, B]), whether the label is among the five highest (bool [1, B]) and the
+    features (float32 [1, B, D]), at the highest matmul precision like all features.
     """
 
     def evaluate(
@@ -270,37 +291,54 @@ def make_evaluate(program: Program) -> Callable:
         data: Images,
         rows: Rows,
         axis_name: str | None = None,
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Array]:
         batch = fetch(program, data, rows, 0, None)
-        out, _ = _forward(program.model, params, batch_stats, batch, False, axis_name)
+        out = _test_outputs(program, params, batch_stats, batch, axis_name)
         logits = out["logits"] + log_prior.uniform(seen)[None, :]
         of_label = jnp.take_along_axis(logits, batch.labels[:, None], axis=1)
         higher = jnp.sum(logits > of_label, axis=1)
         predicted = jnp.argmax(logits, axis=1).astype(jnp.int32)
-        return predicted[None], (higher < 5)[None]
+        features = out["features"].astype(jnp.float32)
+        return predicted[None], (higher < 5)[None], features[None]
 
     return evaluate
 
 
 def make_features(program: Program) -> Callable:
-    """Returns features(params, batch_stats, data, rows, axis_name) -> ([1, B, D],).
+    """Returns features(params, batch_stats, data, flip, rows, axis_name).
 
-    Float32 features of the test transform at the highest matmul precision: what
-    exemplars are selected from must not depend on TF32.
+    ([1, B, D],): float32 features of the test transform, of the mirrored images where
+    `flip` ([] bool) says so.
     """
 
     def features(
         params: PyTree,
         batch_stats: PyTree,
         data: Images,
+        flip: Array,
         rows: Rows,
         axis_name: str | None = None,
     ) -> tuple[Array]:
         batch = fetch(program, data, rows, 0, None)
-        with jax.default_matmul_precision("highest"):
-            out, _ = _forward(
-                program.model, params, batch_stats, batch, False, axis_name
-            )
+        mirrored = jnp.where(flip, batch.images[:, :, ::-1], batch.images)
+        batch = batch.replace(images=mirrored)
+        out = _test_outputs(program, params, batch_stats, batch, axis_name)
         return (out["features"][None].astype(jnp.float32),)
 
     return features
+
+
+def _test_outputs(
+    program: Program,
+    params: PyTree,
+    batch_stats: PyTree,
+    batch: Batch,
+    axis_name: str | None,
+) -> Outputs:
+    """Outputs in evaluation mode, at the highest matmul precision.
+
+    What exemplars are selected from, and what is predicted, must not depend on TF32.
+    """
+    with jax.default_matmul_precision("highest"):
+        out, _ = _forward(program.model, params, batch_stats, batch, False, axis_name)
+    return out

@@ -1,4 +1,4 @@
-"""Trains one step: plans batches, calls the compiled updates, keeps the history."""
+"""Trains a phase of a step: plans batches, calls compiled updates, keeps history."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ class NotFiniteError(UserError):
 
 @dataclasses.dataclass
 class History:
-    """What happened in a step so far; JSON-able, and part of every checkpoint.
+    """What happened in a phase of a step so far; JSON-able, part of every checkpoint.
 
     Attributes:
       updates: updates done.
@@ -41,18 +41,21 @@ class History:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Every batch of a step's training, from a few numbers.
+    """Every batch of a phase of a step's training, from a few numbers.
 
     Attributes:
+      phase: "main" or "finetune".
       seed, step: what the order of images and all randomness depend on.
       train: int32, D_t; held_out: int32, B_t of Meta, else empty.
       batch_size: images of the global batch.
       epochs: passes over D_t.
       learning_rates: one an epoch.
+      first_epoch: epochs of the phases before, which random numbers go on from.
       alpha_every: updates from one update of alpha to the next; 0 = none.
       held_out_batch_size: images of a batch of B_t.
     """
 
+    phase: str
     seed: int
     step: int
     train: np.ndarray
@@ -60,6 +63,7 @@ class Plan:
     batch_size: int
     epochs: int
     learning_rates: tuple[float, ...]
+    first_epoch: int = 0
     alpha_every: int = 0
     held_out_batch_size: int = 0
 
@@ -75,15 +79,23 @@ class Plan:
 
 
 def make_plan(config: ConfigDict, data: StepData) -> Plan:
-    """The plan of a step's main training."""
+    """The plan of a phase of a step: its main training or its fine-tuning."""
     o = config.optim
-    if data.step == 0:
+    first_epoch = 0
+    if data.phase == "finetune":
+        first_epoch, epochs = o.epochs, config.finetune.epochs
+        rate, milestones = config.finetune.learning_rate, config.finetune.milestones
+    elif data.step == 0:
         epochs, rate = o.base_epochs, o.base_learning_rate
         milestones = o.base_milestones
     else:
         epochs, rate, milestones = o.epochs, o.learning_rate, o.milestones
-    rates = (optim.step_decay(rate, e, milestones, o.decay) for e in range(epochs))
+    if o.schedule == "cosine" and data.phase == "main":
+        rates = [optim.lagged_cosine(rate, e, epochs) for e in range(epochs)]
+    else:
+        rates = [optim.step_decay(rate, e, milestones, o.decay) for e in range(epochs)]
     return Plan(
+        phase=data.phase,
         seed=config.seed,
         step=data.step,
         train=data.train,
@@ -91,6 +103,7 @@ def make_plan(config: ConfigDict, data: StepData) -> Plan:
         batch_size=o.batch_size,
         epochs=epochs,
         learning_rates=tuple(rates),
+        first_epoch=first_epoch,
         alpha_every=config.meta.every if len(data.held_out) else 0,
         held_out_batch_size=config.meta.batch_size,
     )
@@ -178,6 +191,9 @@ def call(
         parallel.replicate(place, schedule),
         parallel.shard(place, rows),
     ]
+    if plan.phase == "finetune":
+        assert programs.finetune_update is not None
+        return programs.finetune_update(*arguments)
     if not plan.alpha_every:
         program = programs.incremental_update if plan.step else programs.base_update
         return program(*arguments)
@@ -198,6 +214,7 @@ def _rows(plan: Plan, first: int, count: int, width: int) -> tuple[Schedule, Row
         width,
         seed=plan.seed,
         step=plan.step,
+        first_epoch=plan.first_epoch,
     )
     updates = first + np.minimum(np.arange(width), count - 1)
     epochs, within = np.divmod(updates, plan.updates_per_epoch)
@@ -205,7 +222,7 @@ def _rows(plan: Plan, first: int, count: int, width: int) -> tuple[Schedule, Row
     schedule = Schedule(
         seed=plan.seed * constant,
         step=plan.step * constant,
-        epoch=epochs.astype(np.int32),
+        epoch=(plan.first_epoch + epochs).astype(np.int32),
         update=within.astype(np.int32),
         learning_rate=np.asarray(plan.learning_rates, np.float32)[epochs],
     )
@@ -245,6 +262,7 @@ def _record(
         if not math.isfinite(loss):
             raise NotFiniteError(
                 f"the loss is {loss} in step {plan.step} at update {first + i}"
+                + (" of fine-tuning" if plan.phase == "finetune" else "")
             )
         images += int(n)
         values = (loss * n, float(fetched["correct"][i]), n)

@@ -18,7 +18,7 @@ from bsce_jax.defaults import default_config
 
 def get_config():
     c = default_config()
-    method_module({method_file!r}, "il_baseline").configure(c, "digits")
+    method_module({method_file!r}, {method!r}).configure(c, "digits")
     c.data.name, c.data.data_dir = "blobs", {data_dir!r}
     c.data.mean, c.data.std, c.data.padding, c.data.flip = (0.5,), (0.5,), 1, False
     c.scenario.class_order = "seed1993"
@@ -28,6 +28,7 @@ def get_config():
     c.model.conv_chunks = 1
     c.optim.epochs, c.optim.batch_size, c.optim.milestones = {epochs}, 16, (1,)
     c.optim.base_epochs, c.optim.base_milestones = 2, (1,)
+    c.finetune.epochs = min(c.finetune.epochs, 6)
     c.meta.every, c.meta.batch_size = 2, 8
     c.evaluation.batch_size = 64
     return c
@@ -48,7 +49,13 @@ def blobs(folder: pathlib.Path, classes: int, train: int = 8, test: int = 4) -> 
 
 
 def config_file(
-    folder: pathlib.Path, *, classes: int, base: int, steps: int, epochs: int = 1
+    folder: pathlib.Path,
+    *,
+    classes: int,
+    base: int,
+    steps: int,
+    epochs: int = 1,
+    method: str = "il_baseline",
 ) -> pathlib.Path:
     """Prepares the data and writes a configuration file for it."""
     blobs(folder / "data", classes)
@@ -57,6 +64,7 @@ def config_file(
         CONFIG.format(
             method_file=str(ROOT / "configs" / "x.py"),
             data_dir=str(folder / "data"),
+            method=method,
             base=base,
             steps=steps,
             epochs=epochs,

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from bsce_jax import config as module
+from bsce_jax import terms
 from bsce_jax.config import (
     BOUNDS,
     CHOICES,
@@ -22,7 +23,6 @@ from bsce_jax.config import (
     method_module,
     parse_arguments,
     resolve,
-    term_weight,
     validate,
 )
 from bsce_jax.defaults import default_config
@@ -186,17 +186,69 @@ def test_mistakes_in_terms(name, value, message):
 )
 def test_a_weight_is_a_finite_number_or_a_name(weight):
     assert refusal(changed("terms.kd.weight", weight)) == (
-        f"config.terms.kd.weight={weight!r}: expected a number or rho, 1-rho"
+        f"config.terms.kd.weight={weight!r}: expected a number or "
+        "rho, 1-rho, sqrt(old/new), sqrt(seen/new)"
     )
 
 
-def test_term_weight():
-    assert term_weight("kd", "rho", 50, 60) == 50 / 60
-    assert term_weight("softmax_ce", "1-rho", 50, 60) == 1 - 50 / 60
-    assert term_weight("softmax_ce", "1-rho", 0, 50) == 1
-    for weight in (2, 2.0, "2", "2.0", "2e0"):
-        found = term_weight("kd", weight, 50, 60)
+def test_weights_of_terms():
+    def weight(given, old=50, seen=60, **more):
+        return terms.weight("kd", {"weight": given, **more}, old, seen)
+
+    assert weight("rho") == 50 / 60
+    assert weight("1-rho") == 1 - 50 / 60
+    assert weight("1-rho", 0, 50) == 1
+    assert weight("sqrt(old/new)", factor=5.0) == 5 * math.sqrt(5)
+    assert weight("sqrt(seen/new)", factor=3.0) == 3 * math.sqrt(6)
+    assert weight("sqrt(seen/new)", 0, 50) == 1
+    for given in (2, 2.0, "2", "2.0", "2e0"):
+        found = weight(given)
         assert found == 2.0 and type(found) is float
+        assert weight(given, factor="3") == 6.0
+
+
+@pytest.mark.parametrize("factor", ["half", None, True, math.nan, "inf"])
+def test_a_factor_is_a_finite_number(factor):
+    assert refusal(changed("terms.kd.factor", factor)) == (
+        f"config.terms.kd.factor={factor!r}: expected a number"
+    )
+
+
+def test_a_prior_replaces_a_methods_own_classification_loss():
+    config = example()
+    config.terms = ConfigDict(
+        {
+            "nca": {"weight": 2.0, "factor": 0.5, "margin": 0.6},
+            "pod_flat": {"weight": "sqrt(seen/new)"},
+        }
+    )
+    config.model.head = "cosine"
+    assert set(resolve(config).terms) == {"nca", "pod_flat"}
+    for name, value in (("prior", "balanced"), ("classification", "softmax_ce")):
+        other = config.copy_and_resolve_references()
+        other[name] = value
+        found = resolve(other).terms.to_dict()
+        assert found == {
+            "softmax_ce": {"weight": 2.0, "factor": 0.5},
+            "pod_flat": {"weight": "sqrt(seen/new)"},
+        }
+
+
+@pytest.mark.parametrize(
+    ("when", "prior", "epochs"),
+    [
+        ("auto", "none", 20),
+        ("auto", "balanced", 0),
+        ("auto", "meta", 0),
+        ("always", "none", 20),
+        ("always", "balanced", 20),
+        ("never", "none", 0),
+    ],
+)
+def test_balanced_priors_switch_the_fine_tuning_off(when, prior, epochs):
+    config = example()
+    config.prior, config.finetune.when, config.finetune.epochs = prior, when, 20
+    assert resolve(config).finetune.epochs == epochs
 
 
 TOGETHER = [
@@ -210,6 +262,12 @@ TOGETHER = [
     ({"prior": "meta", "memory.per_class": 1}, "memory.per_class"),
     ({"prior": "relaxed"}, "epsilon"),
     ({"prior": "balanced", "terms": {"kd": {"weight": 1.0}}}, "prior"),
+    ({"finetune.milestones": (10, 5)}, "finetune.milestones"),
+    ({"finetune.when": "always", "prior": "meta"}, "finetune.when"),
+    ({"method": "mine"}, "method"),
+    ({"terms": {"nca": {"weight": 1.0}}}, "model.head"),
+    ({"method": "lucir"}, "model.head"),
+    ({"method": "podnet", "model.head": "cosine"}, "model.head"),
 ]
 
 

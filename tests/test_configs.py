@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bsce_jax import log_prior, losses, models, parallel, programs, training
+from bsce_jax import log_prior, losses, methods, models, parallel, programs, training
 from bsce_jax import plan as planning
 from bsce_jax.config import flatten, method_module, resolve
 from bsce_jax.defaults import default_config
@@ -58,7 +58,7 @@ def get(module: types.ModuleType, argument: str) -> ConfigDict:
 
 def test_the_files_are_those_documented():
     assert {"base", "cifar100", "cifar100_cpu", "digits"} <= set(FILES)
-    assert "il_baseline" in METHODS
+    assert {"il_baseline", "lucir", "podnet"} <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -85,6 +85,8 @@ def test_every_argument_of_a_file_is_a_field(name):
     module = load(name)
     for argument, default in getattr(module, "ARGUMENTS", {}).items():
         if argument == "method":
+            for method in METHODS:
+                assert get(module, f"method={method}").method == method
             with pytest.raises(UserError, match="expected one of .*il_baseline"):
                 get(module, "method=other")
             continue
@@ -187,17 +189,111 @@ def imagenet() -> ConfigDict:
     return resolve(config)
 
 
+def configured(method: str, dataset: str, prior: str = "none") -> ConfigDict:
+    config = default_config()
+    config.prior, config.epsilon = prior, 1.0
+    method_module(str(CONFIGS / "x.py"), method).configure(config, dataset)
+    return resolve(config)
+
+
+# As the authors' code runs them, but for the augmentation.
+AUTHORS = {
+    ("lucir", "cifar100"): {
+        "model.name": "resnet32",
+        "model.head": "cosine",
+        "model.final_relu": False,
+        "optim.epochs": 160,
+        "optim.batch_size": 128,
+        "optim.learning_rate": 0.1,
+        "optim.milestones": [80, 120],
+        "optim.weight_decay": 5e-4,
+        "terms.less_forget.factor": 5.0,
+        "terms.less_forget.weight": "sqrt(old/new)",
+        "terms.margin_ranking.k": 2,
+        "terms.margin_ranking.margin": 0.5,
+        "finetune.epochs": 0,
+    },
+    ("lucir", "imagenet_subset"): {
+        "model.name": "resnet18",
+        "optim.epochs": 90,
+        "optim.milestones": [30, 60],
+        "optim.weight_decay": 1e-4,
+        "terms.less_forget.factor": 10.0,
+        "finetune.epochs": 0,
+    },
+    ("lucir", "imagenet"): {
+        "optim.epochs": 90,
+        "finetune.epochs": 20,
+        "finetune.learning_rate": 0.01,
+        "finetune.milestones": [10],
+        "finetune.trainable": "head",
+        "finetune.batch_norm": "eval",
+    },
+    ("podnet", "cifar100"): {
+        "model.name": "podnet32",
+        "model.head": "local_similarity",
+        "model.proxies": 10,
+        "optim.epochs": 160,
+        "optim.batch_size": 128,
+        "optim.learning_rate": 0.1,
+        "optim.schedule": "cosine",
+        "optim.weight_decay": 5e-4,
+        "optim.clip": 5.0,
+        "terms.nca.exact": False,
+        "terms.pod_spatial.factor": 3.0,
+        "terms.pod_flat.factor": 1.0,
+        "terms.pod_flat.weight": "sqrt(seen/new)",
+        "finetune.epochs": 20,
+        "finetune.learning_rate": 0.05,
+        "finetune.batch_norm": "train",
+    },
+    ("podnet", "imagenet_subset"): {
+        "model.name": "podnet18",
+        "optim.epochs": 90,
+        "optim.batch_size": 64,
+        "optim.learning_rate": 0.05,
+        "optim.weight_decay": 5e-4,
+        "terms.pod_spatial.factor": 8.0,
+        "terms.pod_flat.factor": 10.0,
+        "finetune.learning_rate": 0.01,
+    },
+    ("podnet", "imagenet"): {"optim.weight_decay": 1e-4, "finetune.epochs": 20},
+}
+
+
+@pytest.mark.parametrize(("method", "dataset"), AUTHORS)
+def test_the_hyper_parameters_of_the_authors(method, dataset):
+    found = flatten(configured(method, dataset))
+    expected = AUTHORS[method, dataset]
+    assert {name: found[name] for name in expected} == expected
+    assert found["optim.freeze_old_rows"] and found["optim.momentum"] == 0.9
+    own = {"lucir": "softmax_ce", "podnet": "nca"}[method]
+    assert f"terms.{own}.weight" in found
+    for prior in ("balanced", "weighted", "relaxed", "meta"):
+        changed = flatten(configured(method, dataset, prior))
+        assert changed["finetune.epochs"] == 0
+        assert "terms.nca.weight" not in changed
+        assert changed["terms.softmax_ce.weight"] == 1.0
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_the_learning_rate_of_every_epoch(parity, step):
     vectors = parity("orders_and_schedules")
     none = np.zeros(0, np.int32)
-    data = StepData(step, 0, 50, np.arange(300, dtype=np.int32), none, none, 0)
+    data = StepData("main", step, 0, 50, np.arange(300, dtype=np.int32), none, none, 0)
     for name, config in (
         ("cifar", resolve(get(load("cifar100"), ""))),
         ("imagenet", imagenet()),
     ):
         rates = training.make_plan(config, data).learning_rates
         np.testing.assert_allclose(rates, vectors[f"lr_paper_{name}"], rtol=1e-12)
+    for method, name in (
+        ("lucir", "lr_lucir_cifar"),
+        ("podnet", "lr_podnet_cifar_lagged"),
+    ):
+        config = configured(method, "cifar100")
+        rates = training.make_plan(config, data).learning_rates
+        np.testing.assert_allclose(rates, vectors[name], rtol=1e-12, atol=1e-16)
 
 
 def test_the_reduced_runs_differ_from_the_paper_in_size_only():
@@ -221,8 +317,9 @@ def test_the_reduced_runs_differ_from_the_paper_in_size_only():
     assert reduced["data.nominal_per_class"] == reduced["data.max_per_class"]
 
 
-def test_an_unknown_data_set_of_a_method_is_refused():
-    module = method_module(str(CONFIGS / "x.py"), "il_baseline")
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_data_set_of_a_method_is_refused(method):
+    module = method_module(str(CONFIGS / "x.py"), method)
     with pytest.raises(ValueError, match="no settings for 'mnist'"):
         module.configure(default_config(), "mnist")
 
@@ -256,12 +353,18 @@ def feature_distance(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def feature_baseline():
-    """The configuration of the example of a method, for the digits."""
-    (code,) = examples("A method")
+def feature_baseline(tmp_path, monkeypatch):
+    """The example of a method: its procedure put into the package, its configuration
+    for the digits."""
+    code, procedure = examples("A method")
+    folder = tmp_path / "procedures"
+    folder.mkdir()
+    (folder / "feature_baseline.py").write_text(procedure)
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(folder)])
     config = get(load("digits"), "prior=balanced")
     run_code(code)["configure"](config, "digits")
-    return config
+    yield config
+    sys.modules.pop("bsce_jax.methods.feature_baseline", None)
 
 
 def test_the_documented_loss_term_passes_its_documented_test(feature_distance):
@@ -276,11 +379,24 @@ def test_the_documented_method_resolves_for_every_prior(
     feature_baseline.prior, feature_baseline.epsilon = prior, 1.0
     config = resolve(feature_baseline)
     assert config.name == f"digits-feature_baseline-{config.name.split('-')[2]}-5steps"
-    message = "config.terms.feature_distance.scal is unknown; known: weight, scale"
+    message = "feature_distance.scal is unknown; known: weight, factor, scale"
     with config.unlocked():
         config.terms.feature_distance.scal = 1.0
     with pytest.raises(UserError, match=message):
         resolve(config)
+
+
+def test_the_documented_procedure_sets_the_new_rows(feature_distance, feature_baseline):
+    head = {"kernel": np.ones((3, 5), np.float32), "bias": np.ones(5, np.float32)}
+    found = methods.module("feature_baseline").begin(
+        head, [np.ones((4, 3)), np.ones((4, 3))], 2, np.random.default_rng(0)
+    )
+    np.testing.assert_array_equal(found["bias"], [1, 1, 0, 0, 1])
+    np.testing.assert_array_equal(found["kernel"], np.tile([1, 1, 0, 0, 1], (3, 1)))
+    np.testing.assert_array_equal(head["kernel"], 1)
+    feature_baseline.model.head = "cosine"
+    with pytest.raises(UserError, match="model.head='cosine': expected linear for"):
+        resolve(feature_baseline)
 
 
 def test_the_documented_loss_term_enters_the_loss_after_the_base_step(

@@ -47,6 +47,17 @@ def test_a_run_writes_results_pictures_events_and_a_table(config, balanced):
     assert runs.results(balanced) == results
 
 
+def test_the_numbers_of_il_baseline_do_not_change(balanced):
+    """Of commit 1f61b28, before there was another method."""
+    expected = [
+        [1.3578385710716248, 1.3182989358901978],
+        [4.743176746368408, 4.742072582244873],
+        [5.661604487377664, 5.659922786380934],
+    ]
+    found = [record["result"]["loss"] for record in runs.results(balanced)["steps"]]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_all_priors_share_the_base_step_and_its_bits(config, folder, balanced):
     shared = runs.results(balanced)
     for prior, more in (
@@ -69,6 +80,14 @@ def test_all_priors_share_the_base_step_and_its_bits(config, folder, balanced):
         last, other = results["steps"][-1]["result"], shared["steps"][-1]["result"]
         assert last["parameters_sha256"] != other["parameters_sha256"]
         if prior == "meta":  # one image of each class is held out
+            np.testing.assert_allclose(  # of commit 1f61b28, as above
+                [record["result"]["loss"] for record in results["steps"][1:]],
+                [
+                    [4.730926990509033, 4.740799903869629],
+                    [5.645136496599982, 5.638440637027516],
+                ],
+                rtol=1e-5,
+            )
             assert last["counts"] == [2, 2, 2, 2, 2, 7]
             assert last["alpha"][-1][1] != 1.0
             Image.open(workdir / "alpha.png").verify()

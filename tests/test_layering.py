@@ -7,7 +7,9 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "bsce_jax"
-CORE = set("losses models memory scenario log_prior meta_alpha metrics errors".split())
+CORE = {"losses", "models", "memory", "scenario", "log_prior", "meta_alpha"}
+CORE |= {"metrics", "nearest_mean", "norms", "errors"}
+RUN = ("experiment", "session", "training", "programs", "context", "plan", "terms")
 LIBRARIES = {"jax", "numpy", "optax", "flax", *sys.stdlib_module_names}
 COMPILED = ("state", "steps", "updates", "optim", "parallel")
 ABOVE = {"config", "experiment", "report", "checkpoint", "main"}
@@ -58,6 +60,29 @@ def test_compiled_functions_know_no_configuration_and_no_files():
     for name in COMPILED:
         others = {top(other) for other in imports(TREES[f"{ROOT.name}.{name}"])}
         assert not others & ABOVE, name
+
+
+def test_methods_know_neither_the_run_nor_one_another():
+    allowed = CORE | {"methods"}
+    for name, tree in TREES.items():
+        if top(name) == "methods":
+            others = {other for other in imports(tree) if top(other)}
+            assert {top(other) for other in others} <= allowed, name
+            assert not any(
+                other.startswith(f"{ROOT.name}.methods.") for other in others
+            )
+
+
+def test_the_training_of_a_run_names_no_method():
+    names = {p.stem for p in (ROOT / "methods").glob("*.py")} - {"__init__"}
+    for name in (*COMPILED, *RUN, "step_result"):
+        words = set()
+        for node in ast.walk(TREES[f"{ROOT.name}.{name}"]):
+            if isinstance(node, ast.Name | ast.alias):
+                words.add(node.id if isinstance(node, ast.Name) else node.name)
+            elif isinstance(node, ast.Constant):
+                words.add(str(node.value))
+        assert not names & words, name
 
 
 def test_nothing_imports_main():

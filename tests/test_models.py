@@ -17,16 +17,19 @@ def from_torch(state):
     """A PyTorch state dict of NumPy arrays as params and batch_stats.
 
     Understands the names of LUCIR's CIFAR networks and of torchvision's ResNets:
-    conv1, bn1, layerI.J.{conv1,bn1,conv2,bn2,downsample.0,downsample.1}, fc.
+    conv1, bn1, layerI.J.{conv1,bn1,conv2,bn2,downsample.0,downsample.1}, fc (with the
+    scale of a cosine head as sigma).
     """
     params, stats = {}, {}
     for name, value in state.items():
         *path, leaf = name.split(".")
-        if leaf == "num_batches_tracked" or path == ["fc"] and leaf == "sigma":
+        if leaf == "num_batches_tracked":
             continue
         if path == ["fc"]:
-            kind = "kernel" if leaf == "weight" else "bias"
-            params.setdefault("head", {})[kind] = value.T
+            kind = {"weight": "kernel", "sigma": "scale"}.get(leaf, leaf)
+            params.setdefault("head", {})[kind] = (
+                value[0] if leaf == "sigma" else value.T
+            )
             continue
         if path[0].startswith("layer"):
             scope = [f"stage{path[0][5:]}_block{int(path[1]) + 1}"]
@@ -78,8 +81,8 @@ def train(module, state, images):
 def test_parameter_counts_of_the_published_networks():
     # PyCIL's ResNet-32 (option A), with its 10-way linear head.
     assert count("resnet32", 10, shortcut="A") == 464_154
-    # LUCIR's: option B; its head is 50 cosine weights and one scale, ours has biases.
-    assert count("resnet32", 50) - (64 * 50 + 50) == 469_457 - (64 * 50 + 1)
+    # LUCIR's: option B, 50 embeddings and one scale.
+    assert count("resnet32", 50, head="cosine") == 469_457
     # torchvision.
     assert count("resnet18", 1000) == 11_689_512
     assert count("resnet34", 1000) == 21_797_672
@@ -88,11 +91,8 @@ def test_parameter_counts_of_the_published_networks():
 def test_authors_resnet32(parity):
     data = parity("net_lucir_resnet32")
     state = {key[2:]: data[key] for key in data if key.startswith("p_")}
-    head = np.asarray(state.pop("fc.weight"))
-    sigma = state.pop("fc.sigma")
     variables = from_torch(state)
-    variables["params"]["head"] = {"kernel": head.T, "bias": np.zeros(50, np.float32)}
-    module = models.create("resnet32", 50, final_relu=False)
+    module = models.create("resnet32", 50, final_relu=False, head="cosine")
     images = jnp.asarray(data["in_x"].transpose(0, 2, 3, 1))
     expected = jax.eval_shape(
         lambda key: module.init(key, images, train=False),
@@ -101,19 +101,15 @@ def test_authors_resnet32(parity):
     shapes = jax.tree.map(lambda leaf: leaf.shape, expected)
     assert shapes == jax.tree.map(np.shape, variables)
 
-    def logits(features):
-        unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
-        return sigma * unit(np.asarray(features)) @ unit(head).T
-
-    _, out = evaluate(module, variables, images)
-    (_, out_train), _ = train(module, variables, images)
+    logits, out = evaluate(module, variables, images)
+    (logits_train, out_train), _ = train(module, variables, images)
     close = lambda a, b: np.testing.assert_allclose(  # noqa: E731
         a, b, rtol=1e-4, atol=1e-4
     )
     close(out["features"], data["out_eval_features"])
-    close(logits(out["features"]), data["out_eval_logits"])
+    close(logits, data["out_eval_logits"])
     close(out_train["features"], data["out_train_features"])
-    close(logits(out_train["features"]), data["out_train_logits"])
+    close(logits_train, data["out_train_logits"])
 
 
 @pytest.mark.parametrize("stem", ["7x7", "3x3"])
@@ -237,10 +233,14 @@ def test_bfloat16_compute_keeps_float32_state_and_outputs():
     [
         ({"name": "resnet33"}, ["model='resnet33'", "resnet32", "resnet18"]),
         ({"name": "resnet2"}, ["model='resnet2'", "resnet8"]),
+        ({"name": "podnet8"}, ["model='podnet8'", "podnet18", "podnet<6n+2>"]),
+        ({"name": "podnet34"}, ["model='podnet34'", "podnet14"]),
+        ({"name": "podnet"}, ["model='podnet'", "podnet32"]),
         ({"name": "vgg"}, ["model='vgg'", "resnet<6n+2>"]),
         ({"shortcut": "C"}, ["shortcut='C'", "A, B"]),
         ({"stem": "5x5"}, ["stem='5x5'", "7x7, 3x3"]),
-        ({"head": "square"}, ["head='square'", "linear"]),
+        ({"head": "square"}, ["head='square'", "linear, cosine, local_similarity"]),
+        ({"proxies": 0}, ["proxies=0", "at least 1"]),
         ({"dtype": "int8"}, ["dtype='int8'", "float32, bfloat16"]),
         ({"dtype": "fast"}, ["dtype='fast'", "float32, bfloat16"]),
         ({"width": 0}, ["width=0", "at least 1"]),

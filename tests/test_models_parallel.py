@@ -13,11 +13,18 @@ from bsce_jax.models.resnet import ResNet
 
 # Devices 1, 3 and 7 of 8 hold nothing but padding, others a mixture.
 VALID = np.array([1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0], np.float32)
+# Two stages hold every piece: stem, both kinds of block, head. The other methods' heads
+# follow one block, without its ReLU.
+NETWORKS = {
+    "linear": {"blocks": (1, 1), "widths": (4, 8)},
+    "cosine": {"blocks": (1,), "widths": (4,), "relu": "not_last"},
+    "local_similarity": {"blocks": (1,), "widths": (4,), "relu": "none", "proxies": 3},
+}
 
 
-def setting(dtype=jnp.float32, **options):
-    # Two stages hold every piece: stem, both kinds of block, head.
-    module = ResNet(5, blocks=(1, 1), width=4, dtype=dtype, **options)
+def setting(head="linear", dtype=jnp.float32, **options):
+    options = NETWORKS[head] | options
+    module = ResNet(5, head=head, dtype=dtype, **options)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(16, 8, 8, 3)).astype(dtype)
     # Padding rows hold something extreme, to be noticed if it leaked.
@@ -39,6 +46,7 @@ def total_loss(module, params, stats, images, labels, valid, axis_name=None):
         axis_name=axis_name,
         mutable=["batch_stats"],
     )
+    out.pop("scale", None)  # a parameter: all others have a batch axis
     count = valid.sum()
     if axis_name is not None:
         count = jax.lax.psum(count, axis_name)
@@ -47,8 +55,8 @@ def total_loss(module, params, stats, images, labels, valid, axis_name=None):
 
 
 @functools.cache
-def results(where):
-    module, state, images, labels = setting()
+def results(where, head):
+    module, state, images, labels = setting(head)
 
     def step(params, stats, images, labels, valid, axis_name=None):
         grads, aux = jax.grad(functools.partial(total_loss, module), has_aux=True)(
@@ -82,9 +90,10 @@ def results(where):
     return first[0], logits, out, first[1]
 
 
+@pytest.mark.parametrize("head", NETWORKS)
 @pytest.mark.parametrize("where", ["jit", "pmap"])
-def test_eight_devices_compute_what_one_does(where):
-    got, want = results(where), results("one device")
+def test_eight_devices_compute_what_one_does(where, head):
+    got, want = results(where, head), results("one device", head)
     rows = VALID > 0
     pick = lambda tree: jax.tree.map(lambda leaf: leaf[rows], tree)  # noqa: E731
     got, want = ((r[0], pick(r[1]), pick(r[2]), r[3]) for r in (got, want))
@@ -104,7 +113,7 @@ def test_padding_rows_count_for_nothing():
         labels[rows],
         np.ones(rows.sum(), np.float32),
     )
-    grads, logits, _, stats = results("one device")
+    grads, logits, _, stats = results("one device", "linear")
     for got, want in ((grads, short), (stats, aux[2]), (logits[rows], aux[0])):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
@@ -114,7 +123,7 @@ def test_padding_rows_count_for_nothing():
 
 
 def test_second_derivatives_of_a_network_with_chunks(x64):
-    module, state, images, labels = setting(np.float64, conv_chunks=2)
+    module, state, images, labels = setting(dtype=np.float64, conv_chunks=2)
     params, stats = state["params"], state["batch_stats"]
     assert jax.tree.leaves(params)[0].dtype == jnp.float64
     valid = jnp.asarray(VALID, jnp.float64)

@@ -150,6 +150,38 @@ def test_update_scale_follows_the_class_axis_of_the_head():
             assert factor.size == 1 and factor.item() == 1
 
 
+def test_update_scale_of_fine_tuning_moves_the_rows_of_the_head_alone():
+    params = {
+        "stem": {"kernel": np.zeros((3, 2))},
+        "head": {"kernel": np.zeros((2, 4, 3)), "scale": np.zeros(())},
+    }
+    trained = np.array([True, True, False])
+    scale = optim.update_scale(params, trained, rest=0.0, scalars=0.0)
+    assert scale["stem"]["kernel"].item() == 0.0
+    assert scale["head"]["scale"].shape == () and scale["head"]["scale"] == 0.0
+    np.testing.assert_array_equal(scale["head"]["kernel"], [[[1, 1, 0]]])
+    assert optim.update_scale(params, trained)["head"]["scale"] == 1.0
+
+
+def test_clipping_comes_before_weight_decay_entry_by_entry():
+    params = {"w": np.array([10.0, -10.0, 1.0], np.float32)}
+    gradient = {"w": np.array([7.0, -7.0, 3.0], np.float32)}
+    chain = optim.sgd(0.0, 0.1, clip=5.0)
+    direction, _ = chain.update(gradient, chain.init(params), params)
+    np.testing.assert_allclose(direction["w"], [6.0, -6.0, 3.1], rtol=1e-6)
+
+
+def test_lagged_cosine_is_the_scheduler_stepped_at_the_end_of_each_epoch():
+    """Epoch 0 at the full rate, epoch e with the rate set at the end of epoch e - 1."""
+    epochs, rate = 7, 0.3
+    expected = [rate]
+    for e in range(epochs - 1):
+        expected.append(0.5 * rate * (1 + np.cos(np.pi * e / epochs)))
+    found = [optim.lagged_cosine(rate, e, epochs) for e in range(epochs)]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert found[0] == found[1] > found[2]
+
+
 def test_another_name_of_the_head():
     params = {"head": {"w": np.zeros((2, 3))}, "proxies": {"w": np.zeros((2, 3))}}
     scale = optim.update_scale(params, np.array([True, False, True]), head="proxies")

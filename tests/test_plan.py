@@ -108,14 +108,41 @@ def test_the_kinds_of_memory(memory, expected):
         np.testing.assert_array_equal(replayed, ranking[:old, :size].ravel())
 
 
+def test_fine_tuning_data_are_the_exemplars_of_all_classes_seen():
+    data = dataset([8] * 6, base=3, steps=3)
+    chosen = config(memory__per_class=2, finetune__epochs=4)
+    ranking = plan.empty_ranking(chosen, data)
+    for position in range(4):
+        ranking[position] = np.flatnonzero(data.train_labels == position)[[5, 1]]
+    found = plan.finetune_data(chosen, data, ranking, 1)
+    assert (found.phase, found.step, found.num_old, found.num_seen) == (
+        "finetune",
+        1,
+        3,
+        4,
+    )
+    np.testing.assert_array_equal(found.train, ranking[:4].reshape(-1))
+    assert found.counts.tolist() == [2, 2, 2, 2, 0, 0] and found.exemplars == 6
+    assert len(found.held_out) == 0
+    steps = [plan.has_finetuning(chosen, data, step) for step in range(4)]
+    assert steps == [False, True, True, True]
+    phases = [(d.step, d.phase) for d in plan.planned_phases(chosen, data)]
+    assert phases == [(0, "main")] + [
+        (step, phase) for step in (1, 2, 3) for phase in ("main", "finetune")
+    ]
+    for changes in ({"finetune__epochs": 0}, {"memory__kind": "none"}):
+        without = config(**{"finetune__epochs": 4, **changes})
+        assert not plan.has_finetuning(without, data, 1)
+
+
 @pytest.mark.parametrize("prior", ["balanced", "meta"])
 @pytest.mark.parametrize("kind", ["growing", "fixed"])
-def test_planned_steps_are_as_large_as_the_real_ones(prior, kind):
+def test_planned_phases_are_as_large_as_the_real_ones(prior, kind):
     data = dataset([12, 9, 10, 11, 8], base=2, steps=3)
     chosen = config(
         prior=prior, memory__kind=kind, memory__per_class=4, memory__budget=16
     )
-    planned = plan.planned_steps(chosen, data)
+    planned = plan.planned_phases(chosen, data)
     ranking = full_ranking(data, 8)
     assert [p.step for p in planned] == [0, 1, 2, 3]
     for found in planned:
@@ -200,6 +227,8 @@ RELEVANT = {
     "model.width": 8,
     "model.shortcut": "A",
     "model.final_relu": False,
+    "model.head": "cosine",
+    "model.proxies": 5,
     "model.stem": "3x3",
     "model.dtype": "bfloat16",
     "model.conv_chunks": 4,
@@ -207,6 +236,8 @@ RELEVANT = {
     "optim.momentum": 0.8,
     "optim.weight_decay": 1e-3,
     "optim.decay": 0.2,
+    "optim.clip": 5.0,
+    "optim.schedule": "cosine",
     "optim.base_epochs": 3,
     "optim.base_learning_rate": 0.3,
     "optim.base_milestones": (2,),
@@ -214,7 +245,7 @@ RELEVANT = {
 }
 IRRELEVANT = {
     "name": "mine",
-    "method": "other",
+    "method": "lucir",
     "alpha": 0.5,
     "epsilon": 1.0,
     "epsilon_unit": "percent",
@@ -235,6 +266,15 @@ IRRELEVANT = {
     "memory.per_class": 2,
     "memory.budget": 30,
     "memory.selection": "random",
+    "classification": "softmax_ce",
+    "optim.freeze_old_rows": True,
+    "evaluation.nearest_mean": False,
+    "finetune.when": "never",
+    "finetune.epochs": 3,
+    "finetune.learning_rate": 0.2,
+    "finetune.milestones": (2,),
+    "finetune.trainable": "all",
+    "finetune.batch_norm": "train",
     "optim.epochs": 11,
     "optim.learning_rate": 0.7,
     "optim.milestones": (5,),

@@ -27,6 +27,7 @@ def make_results(
     increment: int = 2,
     steps: int = 2,
     learned_alpha: bool = False,
+    memory: bool = True,
     finished: int | None = None,
 ) -> dict[str, Any]:
     """A valid results file of `steps` incremental steps, `finished` of them done."""
@@ -59,7 +60,9 @@ def make_results(
                         float(accuracy[a:b].mean())
                         for a, b in zip(starts, starts[1:], strict=False)
                     ],
+                    "top1_nearest_mean": 70.0 + step if memory else None,
                     "loss": [1.5, 0.1 + rng.random()],
+                    "finetune_loss": [],
                     "train_accuracy": [50.0, 90.0],
                     "alpha": [[10, 0.9], [20, rng.random()]]
                     if learned_alpha and step
@@ -73,7 +76,7 @@ def make_results(
         [int(i), int(j), int(confusion[i, j])] for i, j in np.argwhere(confusion)
     ]
     return {
-        "schema": 1,
+        "schema": 2,
         "name": name,
         "status": "done" if done == steps else "running",
         "config": {"seed": seed, "optim.epochs": 2},
@@ -98,6 +101,7 @@ def make_results(
     increment=st.integers(1, 3),
     steps=st.integers(0, 3),
     learned_alpha=st.booleans(),
+    memory=st.booleans(),
     telemetry=st.dictionaries(
         st.text(), st.none() | st.floats(allow_nan=False, allow_infinity=False)
     ),
@@ -153,8 +157,8 @@ def test_a_full_disk_is_one_clear_line(
         (None, "does not exist"),
         ("{", "is not JSON"),
         ("[]", r"the whole is \[\], expected an object"),
-        ('{"schema": 2}', "schema is 2, expected 1"),
-        ("{}", "schema is None, expected 1"),
+        ('{"schema": 1}', "schema is 1, expected 2"),
+        ("{}", "schema is None, expected 2"),
     ],
 )
 def test_reading_refuses_in_one_line(
@@ -195,6 +199,8 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("steps.0.result.top1_old", 50.0),
     ("steps.1.result.top1_old", None),
     ("steps.1.result.top1_by_task", [1.0]),
+    ("steps.1.result.top1_nearest_mean", 101.0),
+    ("steps.1.result.finetune_loss", None),
     ("steps.1.result.loss", [float("inf")]),
     ("steps.1.result.train_accuracy", [101.0]),
     ("steps.1.result.alpha", [0.5]),
@@ -238,21 +244,24 @@ def test_a_long_value_is_shortened_in_the_message() -> None:
 def test_summary_by_hand() -> None:
     steps = [
         {"result": {"top1": 90.0, "top5": None, "top1_base": 90.0,
-                    "top1_by_task": [90.0]}},
+                    "top1_nearest_mean": 80.0, "top1_by_task": [90.0]}},
         {"result": {"top1": 60.0, "top5": 80.0, "top1_base": 50.0,
-                    "top1_by_task": [50.0, 80.0]}},
+                    "top1_nearest_mean": 70.0, "top1_by_task": [50.0, 80.0]}},
         {"result": {"top1": 48.0, "top5": 70.0, "top1_base": 40.0,
-                    "top1_by_task": [40.0, 60.0, 70.0]}},
+                    "top1_nearest_mean": 60.0, "top1_by_task": [40.0, 60.0, 70.0]}},
     ]  # fmt: skip
     assert results.summary(steps) == {
         "average_incremental_top1": 66.0,
         "average_incremental_top5": None,  # the base step has none
+        "average_incremental_nearest_mean": 70.0,
         "final_top1": 48.0,
         "final_base_top1": 40.0,
         "forgetting": 35.0,  # mean of 90 - 40 and 80 - 60
     }
     steps[0]["result"]["top5"] = 99.0
     assert results.summary(steps)["average_incremental_top5"] == 83.0
+    steps[2]["result"]["top1_nearest_mean"] = None
+    assert results.summary(steps)["average_incremental_nearest_mean"] is None
     assert results.summary(steps[:1])["forgetting"] is None
     assert set(results.summary([]).values()) == {None}
 
@@ -283,14 +292,19 @@ def table_results() -> dict[str, Any]:
 def test_step_table() -> None:
     lines = tables.step_table(table_results()).splitlines()
     assert lines[0].split() == (
-        "step classes top-1 top-5 base old new memory seconds".split()
+        "step classes top-1 top-5 NME base old new memory seconds".split()
     )
     assert lines[2].split()[:4] == ["0", "4", "90.00", "-"]
-    assert lines[2].split()[5] == "-"  # no old classes in the base step
+    assert lines[2].split()[4] == "70.00"
+    assert lines[2].split()[6] == "-"  # no old classes in the base step
     assert lines[4].split()[:3] == ["2", "8", "48.00"]
     assert lines[4].split()[-2:] == ["18", "3.0"]
     assert len({len(line) for line in lines[:5]}) == 1  # aligned
-    assert lines[-1] == "average incremental accuracy: top-1 66.00"
+    assert lines[-1] == (
+        "average incremental accuracy: top-1 66.00, nearest mean of exemplars 71.00"
+    )
+    without = tables.step_table(make_results(memory=False)).splitlines()
+    assert without[2].split()[4] == "-" and "nearest" not in without[-1]
 
 
 def test_step_table_of_a_running_experiment_says_so() -> None:
@@ -331,7 +345,7 @@ def test_markdown() -> None:
     assert rule.startswith("| --- | ---: |")
     assert row.startswith("| a \\| b | 1,2 | 2 | ") and "±" in row
     columns = {line.replace("\\|", "").count("|") for line in (header, rule, row)}
-    assert columns == {9}
+    assert columns == {10}
     assert tables.step_table(runs[0], markdown=True).startswith("| step | classes |")
 
 
@@ -351,7 +365,11 @@ def coloured(pixels: np.ndarray, color: str) -> int:
 
 
 def test_accuracy_curves(tmp_path: pathlib.Path) -> None:
-    runs = [make_results(name, seed) for name in ("a $\\x$", "b") for seed in (0, 1)]
+    runs = [
+        make_results(name, seed, memory=False)
+        for name in ("a $\\x$", "b")
+        for seed in (0, 1)
+    ]
     plots.accuracy_curves(runs, tmp_path / "two.png")
     plots.accuracy_curves(runs[:2], tmp_path / "one.png")
     two, one = image(tmp_path / "two.png"), image(tmp_path / "one.png")
@@ -359,6 +377,11 @@ def test_accuracy_curves(tmp_path: pathlib.Path) -> None:
     assert coloured(one, plots.COLORS[0]) > 500
     assert coloured(one, plots.COLORS[1]) == 0
     assert coloured(two, plots.COLORS[1]) > 500
+    plots.accuracy_curves([*runs[:2], make_results("b", 1)], tmp_path / "nearest.png")
+    wide = image(tmp_path / "nearest.png")
+    assert wide.shape[1] > 1500  # a second panel, with the one run that has a memory
+    assert coloured(wide[:, 1000:], plots.COLORS[1]) > 500
+    assert coloured(wide[:, 1000:], plots.COLORS[0]) == 0
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ def deterministic(workdir):
     return results_file.deterministic(runs.results(workdir))
 
 
-def start(config, workdir) -> subprocess.Popen:
+def start(config, workdir, overrides=PRIOR) -> subprocess.Popen:
     return subprocess.Popen(
-        runs.command(config, workdir, *PRIOR),
+        runs.command(config, workdir, *overrides),
         cwd=runs.ROOT,
         env=runs.environment(),
         stdout=subprocess.DEVNULL,
@@ -52,9 +52,9 @@ def newest(workdir) -> int:
     return max((int(n) for n in checkpoints(workdir) if n.isdigit()), default=-1)
 
 
-def start_and_wait(config, workdir, number: int) -> subprocess.Popen:
+def start_and_wait(config, workdir, number: int, overrides=PRIOR) -> subprocess.Popen:
     """Starts the run and returns once it has saved checkpoint `number`."""
-    process = start(config, workdir)
+    process = start(config, workdir, overrides)
     while newest(workdir) < number:
         time.sleep(0.002)
         assert process.poll() is None, process.communicate()[1]

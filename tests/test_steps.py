@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from bsce_jax import log_prior, meta_alpha, optim, parallel, steps, updates
+from bsce_jax import log_prior, meta_alpha, optim, parallel, steps, terms, updates
 from bsce_jax.data import augment
-from bsce_jax.losses import kd, softmax_ce
+from bsce_jax.losses import kd
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 from bsce_jax.state import Images, Rows, Schedule, StepContext, TrainState
 from tests.tiny import TinyNet
@@ -20,13 +20,45 @@ from tests.tiny import TinyNet
 CLASSES, OLD, SEEN, BATCH, UPDATES = 6, 3, 5, 12, 3
 
 
-def program(dtype, meta=True) -> steps.Program:
+# Head and loss terms, with their options and weights.
+METHODS = {
+    "il_baseline": (
+        "linear",
+        {"kd": ({"temperature": 2.0}, 0.6), "softmax_ce": ({}, 0.4)},
+    ),
+    "lucir": (
+        "cosine",
+        {
+            "softmax_ce": ({}, 1.0),
+            "less_forget": ({}, 5.0),
+            "margin_ranking": ({"k": 2, "margin": 0.5}, 1.0),
+        },
+    ),
+    "podnet": (
+        "local_similarity",
+        {
+            "nca": ({"margin": 0.6, "exact": False}, 1.0),
+            "pod_spatial": ({}, 3.0),
+            "pod_flat": ({}, 1.5),
+        },
+    ),
+}
+WEIGHTS = {
+    head: {name: weight for name, (_, weight) in chosen.items()}
+    for head, chosen in METHODS.values()
+}
+
+
+def program(dtype, meta=True, method="il_baseline") -> steps.Program:
     pixels = {"mean": (0.5,), "std": (0.5,), "dtype": dtype}
+    head, chosen = METHODS[method]
+    if meta and "nca" in chosen:  # alpha acts through softmax_ce only
+        chosen = {"softmax_ce": ({}, 1.0)} | chosen
     return steps.Program(
-        model=TinyNet(CLASSES, dtype),
-        terms=(
-            steps.Term("kd", kd.term, {"temperature": 2.0}),
-            steps.Term("softmax_ce", softmax_ce.term, {}),
+        model=TinyNet(CLASSES, dtype, head, proxies=3),
+        terms=tuple(
+            steps.Term(name, terms.module(name).term, options)
+            for name, (options, _) in sorted(chosen.items())
         ),
         optimizer=optim.sgd(0.9, 2e-4),
         train_images=functools.partial(
@@ -64,7 +96,12 @@ def example(program: steps.Program, dtype, seed=0):
         seen=seen,
         counts=counts.astype(dtype),
         task_ids=np.zeros(CLASSES, np.int32),
-        weights={"kd": np.asarray(0.6, dtype), "softmax_ce": np.asarray(0.4, dtype)},
+        weights={
+            term.name: np.asarray(
+                WEIGHTS[program.model.head].get(term.name, 1.0), dtype
+            )
+            for term in program.terms
+        },
         update_scale=optim.update_scale(params, seen),
         teachers=(teacher,),
     )
@@ -124,9 +161,12 @@ def assert_close(a, b, rtol):
         )
 
 
-@pytest.mark.parametrize("meta", [False, True])
-def test_one_device_jit_8_and_pmap_8_give_the_same_update(x64, meta):
-    tested = program(jnp.float64, meta)
+@pytest.mark.parametrize(
+    ("method", "meta"),
+    [("il_baseline", False), ("il_baseline", True), ("lucir", True), ("podnet", True)],
+)
+def test_one_device_jit_8_and_pmap_8_give_the_same_update(x64, method, meta):
+    tested = program(jnp.float64, meta, method)
     arguments = example(tested, np.float64)
     one = run(tested, "jit", jax.devices()[:1], arguments)
     for mode in ("jit", "pmap"):
@@ -220,6 +260,105 @@ def test_unseen_rows_never_move_over_many_updates(x64):
         assert np.any(after[name][..., :SEEN] != np.asarray(before[name])[..., :SEEN])
 
 
+@pytest.mark.parametrize("method", ["lucir", "podnet"])
+def test_frozen_rows_stay_against_gradient_decay_and_momentum(x64, method):
+    """Old rows of the head do not move by a bit; the learned scale does."""
+    tested = program(jnp.float64, meta=False, method=method)
+    state, context, *rest = example(tested, np.float64)
+    momentum = jax.tree.map(jnp.ones_like, state.opt_state)
+    scale = optim.update_scale(state.params, context.seen & ~context.old)
+    arguments = (
+        state.replace(opt_state=momentum),
+        context.replace(update_scale=scale),
+        *rest,
+    )
+    new, _ = run(tested, "jit", jax.devices()[:1], arguments)
+    before, after = state.params["head"]["kernel"], new.params["head"]["kernel"]
+    moved = np.any(np.asarray(before) != after, axis=tuple(range(before.ndim - 1)))
+    assert moved.tolist() == [False] * OLD + [True] * (SEEN - OLD) + [False]
+    assert new.params["head"]["scale"] != state.params["head"]["scale"]
+
+
+@pytest.mark.parametrize("batch_norm", ["train", "eval"])
+def test_fine_tuning_moves_the_rows_of_the_head_alone(x64, batch_norm):
+    """As the main training restricted to the head, without the rest's backward pass."""
+    tested = program(jnp.float64, meta=False, method="podnet")
+    state, context, *rest = example(tested, np.float64)
+    scale = optim.update_scale(state.params, context.seen, rest=0.0, scalars=0.0)
+    arguments = (state, context.replace(update_scale=scale), *rest)
+    one = jax.devices()[:1]
+    tuned = dataclasses.replace(tested, trainable=("head",), batch_norm=batch_norm)
+    new, _ = run(tuned, "jit", one, arguments)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(state.params),
+        jax.tree.leaves(new.params),
+        strict=True,
+    ):
+        changed = bool(np.any(np.asarray(a) != b))
+        assert changed == (jax.tree_util.keystr(path) == "['head']['kernel']")
+    moved = [
+        bool(np.any(np.asarray(a) != b))
+        for a, b in zip(
+            jax.tree.leaves(state.batch_stats),
+            jax.tree.leaves(new.batch_stats),
+            strict=True,
+        )
+    ]
+    assert moved == [batch_norm == "train"] * len(moved)
+    if batch_norm == "train":
+        whole, _ = run(tested, "jit", one, arguments)
+        assert_close(whole.params["head"], new.params["head"], 1e-12)
+
+
+def test_without_old_samples_the_ranking_term_vanishes_exactly(x64):
+    """No memory: the update is that without the term, bit for bit."""
+    tested = program(jnp.float64, meta=False, method="lucir")
+    state, context, data, *rest = example(tested, np.float64)
+    data = data.replace(labels=(OLD + data.labels % (SEEN - OLD)).astype(np.int32))
+    arguments = (state, context, data, *rest)
+    kept = tuple(term for term in tested.terms if term.name != "margin_ranking")
+    one = jax.devices()[:1]
+    with_term, metrics = run(tested, "jit", one, arguments)
+    without, others = run(
+        dataclasses.replace(tested, terms=kept), "jit", one, arguments
+    )
+    assert_close(metrics["loss"], others["loss"], 1e-14)
+    assert_close(with_term.params, without.params, 1e-14)
+
+
+def test_the_inner_step_of_meta_leaves_frozen_rows(x64):
+    """theta* = theta - lr * scale * gradient: against reverse mode written out."""
+    tested = program(jnp.float64, method="lucir")
+    state, context, data, schedule, rows, held_out = example(tested, np.float64)
+    scale = optim.update_scale(state.params, context.seen & ~context.old)
+    context = context.replace(update_scale=scale)
+    rows, held_out = jax.tree.map(jnp.asarray, (rows, held_out))
+    batch = steps.fetch(tested, data, rows, 0, jax.random.key(0))
+    balanced = steps.fetch(tested, data, held_out, 0, jax.random.key(1))
+    teacher = steps._teacher_outputs(tested, context, batch)
+
+    def inner(params, alpha):
+        rest = (context, batch, teacher, None)
+        return steps._loss(tested, params, state.batch_stats, alpha, *rest)[0]
+
+    def after(alpha):
+        gradient = jax.grad(inner)(state.params, alpha)
+        rows_of_head = np.where(context.seen & ~context.old, 1.0, 0.0)
+        gradient["head"]["kernel"] *= rows_of_head[None, :]
+        stepped = jax.tree.map(lambda p, g: p - 0.05 * g, state.params, gradient)
+        variables = {"params": stepped, "batch_stats": state.batch_stats}
+        z = tested.model.apply(
+            variables, balanced.images, train=True, mutable=["batch_stats"]
+        )[0][0][:, :SEEN]
+        return softmax_cross_entropy(z, balanced.labels).mean()
+
+    step = jax.jit(functools.partial(steps.meta_step, tested))
+    new = step(state, context, batch, balanced, jnp.asarray(0.05))
+    expected = jax.jit(jax.grad(after))(state.alpha)
+    np.testing.assert_allclose(new.alpha, 0.7 - expected, rtol=1e-10)
+    assert abs(expected) > 1e-9
+
+
 def test_meta_step_equals_reverse_mode_of_the_losses_written_out(x64):
     tested = program(jnp.float64)
     state, context, data, schedule, rows, held_out = example(tested, np.float64)
@@ -278,10 +417,13 @@ def test_evaluate_predicts_among_seen_classes_only():
     bias = jnp.zeros(CLASSES).at[CLASSES - 1].set(100.0)
     params = {**state.params, "head": {**state.params["head"], "bias": bias}}
     evaluate = jax.jit(steps.make_evaluate(tested))
-    predicted, top5 = evaluate(params, state.batch_stats, context.seen, data, rows)
+    predicted, top5, features = evaluate(
+        params, state.batch_stats, context.seen, data, rows
+    )
+    assert features.shape == (1, BATCH, 4)
     assert predicted.shape == (1, BATCH) and int(predicted.max()) < SEEN
     assert bool(top5.all())  # five classes are seen
-    predicted, _ = evaluate(
+    predicted, *_ = evaluate(
         params, state.batch_stats, np.ones(CLASSES, bool), data, rows
     )
     assert (predicted == CLASSES - 1).all()

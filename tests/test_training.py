@@ -43,6 +43,7 @@ def config(**values) -> ConfigDict:
 def plan(step=1, meta=False, images=11, batch_size=4, **changes) -> training.Plan:
     """Three epochs of three updates, the last batch of an epoch partial."""
     values = {
+        "phase": "main",
         "seed": 3,
         "step": step,
         "train": np.arange(100, 100 + images, dtype=np.int32),
@@ -66,7 +67,7 @@ def test_a_plan_counts_partial_batches():
 def step_data(step: int, held_out: int = 0) -> StepData:
     train = np.arange(20, dtype=np.int32)
     held = np.arange(20, 20 + held_out, dtype=np.int32)
-    return StepData(step, 0, 5, train, held, np.zeros(6, int), 0)
+    return StepData("main", step, 0, 5, train, held, np.zeros(6, int), 0)
 
 
 def test_make_plan_takes_the_lengths_and_rates_of_its_step():
@@ -92,6 +93,34 @@ def test_make_plan_takes_the_lengths_and_rates_of_its_step():
     meta = training.make_plan(c, step_data(2, held_out=5))
     assert (meta.alpha_every, meta.held_out_batch_size) == (2, 6)
     np.testing.assert_array_equal(meta.held_out, np.arange(20, 25))
+
+
+def test_the_plan_of_fine_tuning_goes_on_where_the_main_training_ended():
+    c = config(
+        optim__epochs=4,
+        optim__decay=0.5,
+        optim__schedule="cosine",
+        finetune__epochs=3,
+        finetune__learning_rate=0.3,
+        finetune__milestones=(2,),
+    )
+    data = dataclasses.replace(step_data(2), phase="finetune")
+    tuned = training.make_plan(c, data)
+    assert (tuned.phase, tuned.epochs, tuned.first_epoch) == ("finetune", 3, 4)
+    assert tuned.learning_rates == (0.3, 0.3, 0.15)  # not the cosine
+    main = training.make_plan(c, step_data(2))
+    assert main.learning_rates[:2] == (0.1, 0.1) and main.learning_rates[3] < 0.06
+    recorder, history = Recorder(), training.History()
+    fit(recorder, tuned, history)
+    assert {call.name for call in recorder.calls} == {"finetune_update"}
+    epochs = [int(call.schedule.epoch[0]) for call in recorder.calls]
+    per_epoch = tuned.updates_per_epoch
+    assert epochs == [e for e in (4, 5, 6) for _ in range(per_epoch)]
+    order = [
+        int(i) for call in recorder.calls[:per_epoch] for i in call.rows.indices[0]
+    ]
+    expected = tuned.train[batches.epoch_order(c.seed, 2, 4, len(tuned.train))]
+    assert order[: len(expected)] == expected.tolist()
 
 
 class Recorder:

@@ -3,13 +3,15 @@
 import flax.linen as nn
 import jax.numpy as jnp
 
+from bsce_jax.models import heads
 from bsce_jax.models.batch_norm import BatchNorm
-from bsce_jax.models.heads import LinearHead
 
 
 class TinyNet(nn.Module):
     num_classes: int
     dtype: jnp.dtype = jnp.float32
+    head: str = "linear"
+    proxies: int = 10
 
     @nn.compact
     def __call__(self, images, train, valid=None, axis_name=None):
@@ -18,7 +20,5 @@ class TinyNet(nn.Module):
         )(images)
         x = BatchNorm(dtype=self.dtype, name="norm")(x, train, valid, axis_name)
         features = jnp.mean(nn.relu(x) ** 2, axis=(1, 2))
-        return LinearHead(self.num_classes, name="head")(features), {
-            "features": features,
-            "maps": [x],
-        }
+        logits, out = heads.create(self.head, self.num_classes, self.proxies)(features)
+        return logits, {"features": features, "maps": [x]} | out

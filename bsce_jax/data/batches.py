@@ -38,7 +38,13 @@ def updates_per_epoch(n: int, batch_size: int) -> int:
 
 
 def rows(
-    indices: np.ndarray, batch_size: int, update: int, *, seed: int, step: int
+    indices: np.ndarray,
+    batch_size: int,
+    update: int,
+    *,
+    seed: int,
+    step: int,
+    first_epoch: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the batch of one update.
 
@@ -48,13 +54,14 @@ def rows(
       update: number of the update in this step, counted from 0 over all epochs.
       seed: of the run.
       step: number of the incremental step.
+      first_epoch: of the update 0, where another phase of the step came before.
 
     Returns:
       source indices [B] int32, and valid [B] float32: 1, or 0 in the padding rows
       (index 0) that complete the last batch of an epoch.
     """
     epoch, batch = divmod(update, updates_per_epoch(len(indices), batch_size))
-    order = epoch_order(seed, step, epoch, len(indices))
+    order = epoch_order(seed, step, first_epoch + epoch, len(indices))
     chosen = indices[order[batch * batch_size : (batch + 1) * batch_size]]
     found = np.zeros(batch_size, np.int32)
     valid = np.zeros(batch_size, np.float32)
@@ -72,11 +79,12 @@ def chunk(
     *,
     seed: int,
     step: int,
+    first_epoch: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the batches of consecutive updates, stacked for a compiled loop.
 
     Args:
-      indices, batch_size, seed, step: as in `rows`.
+      indices, batch_size, seed, step, first_epoch: as in `rows`.
       start: first update.
       count: number of updates, 0 to size.
       size: U, the fixed length of a chunk.
@@ -93,7 +101,14 @@ def chunk(
     found = np.zeros((size, batch_size), np.int32)
     valid = np.zeros((size, batch_size), np.float32)
     for i in range(count):
-        found[i], valid[i] = rows(indices, batch_size, start + i, seed=seed, step=step)
+        found[i], valid[i] = rows(
+            indices,
+            batch_size,
+            start + i,
+            seed=seed,
+            step=step,
+            first_epoch=first_epoch,
+        )
     return found, valid
 
 

@@ -2,10 +2,22 @@
 
 One family of losses a file. Besides its functions a file may hold ``term(student,
 teacher, batch, context, **options) -> (values, weights)``, which a training step finds
-by the file's name.
+by the file's name. Where a function has its file's name, the attribute of this package
+is the function; ``importlib.import_module("bsce_jax.losses.nca")`` gives the module.
 """
 
 from bsce_jax.losses.kd import knowledge_distillation
+from bsce_jax.losses.less_forget import less_forget
+from bsce_jax.losses.margin_ranking import margin_ranking
+from bsce_jax.losses.nca import nca
+from bsce_jax.losses.pod_spatial import pod_spatial
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 
-__all__ = ["knowledge_distillation", "softmax_cross_entropy"]
+__all__ = [
+    "knowledge_distillation",
+    "less_forget",
+    "margin_ranking",
+    "nca",
+    "pod_spatial",
+    "softmax_cross_entropy",
+]

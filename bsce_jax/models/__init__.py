@@ -8,9 +8,24 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from bsce_jax.errors import UserError
-from bsce_jax.models import batch_norm, convolution, heads, resnet, resnet_cifar
+from bsce_jax.models import (
+    batch_norm,
+    convolution,
+    heads,
+    podnet,
+    resnet,
+    resnet_cifar,
+)
 
-__all__ = ["batch_norm", "convolution", "create", "heads", "resnet", "resnet_cifar"]
+__all__ = [
+    "batch_norm",
+    "convolution",
+    "create",
+    "heads",
+    "podnet",
+    "resnet",
+    "resnet_cifar",
+]
 
 
 def create(
@@ -22,6 +37,7 @@ def create(
     final_relu: bool = True,
     stem: str = "7x7",
     head: str = "linear",
+    proxies: int = 10,
     dtype: Any = jnp.float32,
     conv_chunks: int = 1,
 ) -> nn.Module:
@@ -29,13 +45,17 @@ def create(
 
     Args:
       name: "resnet18" or "resnet34" for large images, or "resnet<6n+2>" (resnet8,
-        resnet20, resnet32, ...) for small ones of any size.
+        resnet20, resnet32, ...) for small ones of any size; PODNet's networks,
+        "podnet18" for large images and "podnet<6n+2>" (podnet14, podnet20, podnet32,
+        ...) for small ones, are as published: `shortcut`, `final_relu` and `stem` do
+        not apply to them.
       num_classes: length of the class axis: all classes of the experiment.
       width: channels of the first stage; None is the published 64 and 16.
       shortcut: "B", 1x1 convolutions where the shape changes, or "A", zero padding.
       final_relu: keep the last block's ReLU.
       stem: first convolution of resnet18 and resnet34: "7x7" or "3x3".
-      head: "linear".
+      head: "linear", "cosine" (LUCIR's) or "local_similarity" (PODNet's).
+      proxies: of a class, for the head "local_similarity".
       dtype: compute type, a name or a type: "float32" or "bfloat16" (float64 where
         jax has it switched on). Parameters and statistics are at least float32.
       conv_chunks: 1, or more on one CPU device: `convolution.default_chunks`.
@@ -43,32 +63,40 @@ def create(
     Raises:
       UserError: a name or an option is not one of the allowed ones.
     """
-    match = re.fullmatch(r"resnet([1-9]\d*)", name)
-    depth = int(match[1]) if match else 0
-    if depth not in resnet.STAGES and not resnet_cifar.is_depth(depth):
-        raise UserError(
-            f"model={name!r} is unknown; allowed: resnet18, resnet34 and "
-            "resnet<6n+2>, such as resnet8, resnet20, resnet32"
-        )
+    family, depth = _parse(name)
     _check("shortcut", shortcut, resnet.SHORTCUTS)
     _check("stem", stem, resnet.STEMS)
     _check("head", head, heads.NAMES)
-    for field, value in (("num_classes", num_classes), ("conv_chunks", conv_chunks)):
-        _check_positive(field, value)
+    _check_positive("num_classes", num_classes)
+    options: dict[str, Any] = {"proxies": proxies, "conv_chunks": conv_chunks}
     if width is not None:
-        _check_positive("width", width)
-    options: dict[str, Any] = {
-        "shortcut": shortcut,
-        "final_relu": final_relu,
-        "head": head,
-        "dtype": _dtype(dtype),
-        "conv_chunks": conv_chunks,
-    }
+        options["width"] = width
+    for field, value in options.items():
+        _check_positive(field, value)
+    options |= {"head": head, "dtype": _dtype(dtype)}
+    if family == "podnet":
+        return podnet.podnet(depth, num_classes, **options)
+    options |= {"shortcut": shortcut, "relu": "all" if final_relu else "not_last"}
     if depth in resnet.STAGES:
-        return resnet.resnet(
-            depth, num_classes, width=width or 64, stem=stem, **options
+        return resnet.resnet(depth, num_classes, stem=stem, **options)
+    return resnet_cifar.resnet_cifar(depth, num_classes, **options)
+
+
+def _parse(name: str) -> tuple[str, int]:
+    """The family and number of layers that the name of a network says."""
+    match = re.fullmatch(r"(resnet|podnet)([1-9]\d*)", name)
+    family, depth = (match[1], int(match[2])) if match else ("", 0)
+    known = {
+        "resnet": depth in resnet.STAGES or resnet_cifar.is_depth(depth),
+        "podnet": podnet.is_depth(depth),
+    }
+    if not known.get(family):
+        raise UserError(
+            f"model={name!r} is unknown; allowed: resnet18, resnet34, resnet<6n+2> "
+            "such as resnet8 or resnet32, podnet18, podnet<6n+2> such as podnet14 or "
+            "podnet32"
         )
-    return resnet_cifar.resnet_cifar(depth, num_classes, width=width or 16, **options)
+    return family, depth
 
 
 def _dtype(dtype: Any) -> jnp.dtype:

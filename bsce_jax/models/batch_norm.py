@@ -21,11 +21,13 @@ class BatchNorm(nn.Module):
     Attributes:
       momentum: weight of the old running statistics (PyTorch's momentum is 1 minus it).
       epsilon: added to the variance.
+      zero_init: start with a scale of 0 instead of 1.
       dtype: type of the output.
     """
 
     momentum: float = 0.9
     epsilon: float = 1e-5
+    zero_init: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -52,7 +54,8 @@ class BatchNorm(nn.Module):
         """
         stat_dtype = jnp.promote_types(self.dtype, jnp.float32)
         shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape, stat_dtype)
+        init = nn.initializers.zeros if self.zero_init else nn.initializers.ones
+        scale = self.param("scale", init, shape, stat_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape, stat_dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)

@@ -25,6 +25,7 @@ class BasicBlock(nn.Module):
       shortcut: where the shape changes, "A" subsamples and appends zero channels, "B"
         is a strided 1x1 convolution with batch normalisation.
       relu: end with a ReLU.
+      zero_init: start with a second normalisation of scale 0: only the shortcut counts.
       chunks: see `convolution.convolve`.
       dtype: compute type.
     """
@@ -33,6 +34,7 @@ class BasicBlock(nn.Module):
     stride: int = 1
     shortcut: str = "B"
     relu: bool = True
+    zero_init: bool = False
     chunks: int = 1
     dtype: jnp.dtype = jnp.float32
 
@@ -45,15 +47,17 @@ class BasicBlock(nn.Module):
           **batch_norm: `train`, `valid` and `axis_name` of `BatchNorm`.
         """
 
-        def convolve(x: jax.Array, size: int, stride: int, name: str) -> jax.Array:
+        def convolve(
+            x: jax.Array, size: int, stride: int, name: str, zero_init: bool = False
+        ) -> jax.Array:
             conv = Convolution(
                 self.features, size, stride, self.chunks, self.dtype, name=name
             )
-            norm = BatchNorm(dtype=self.dtype, name=f"{name}_norm")
+            norm = BatchNorm(zero_init=zero_init, dtype=self.dtype, name=f"{name}_norm")
             return norm(conv(x), **batch_norm)
 
         y = nn.relu(convolve(x, 3, self.stride, "conv1"))
-        y = convolve(y, 3, 1, "conv2")
+        y = convolve(y, 3, 1, "conv2", self.zero_init)
         if self.stride != 1 or x.shape[-1] != self.features:
             if self.shortcut == "A":
                 x = _subsample(x, self.stride, self.features)
@@ -68,28 +72,32 @@ class ResNet(nn.Module):
 
     Attributes:
       num_classes: length of the class axis.
-      blocks: number of blocks of each stage; every stage but the first halves the
-        image and doubles the channels.
-      width: channels of the first stage.
+      blocks: number of blocks of each stage.
+      widths: channels of each stage; a stage that changes them halves the image.
       stem_size: window of the first convolution.
       stem_stride: stride of the first convolution.
       max_pool: follow the stem by a 3x3 maximum with stride 2.
       shortcut: see `BasicBlock`.
-      final_relu: keep the ReLU of the last block; without it features can be negative.
+      relu: blocks that end with a ReLU: "all", "not_last" (all but the very last: then
+        features can be negative), "first_of_stage" or "none".
+      zero_init: see `BasicBlock`.
       head: name of the head, see `heads.create`.
+      proxies: likewise.
       dtype: compute type of the backbone; the head is at least float32.
       conv_chunks: see `convolution.convolve`.
     """
 
     num_classes: int
     blocks: Sequence[int]
-    width: int
+    widths: Sequence[int]
     stem_size: int = 3
     stem_stride: int = 1
     max_pool: bool = False
     shortcut: str = "B"
-    final_relu: bool = True
+    relu: str = "all"
+    zero_init: bool = False
     head: str = "linear"
+    proxies: int = 10
     dtype: jnp.dtype = jnp.float32
     conv_chunks: int = 1
 
@@ -113,8 +121,9 @@ class ResNet(nn.Module):
 
         Returns:
           logits [batch, classes] float32 and a dict with "features" [batch, features]
-          float32 (the head's input) and "maps", the outputs of the stages, each
-          [batch, height', width', channels'] of the compute type.
+          float32 (the head's input), "maps", the outputs of the stages, each
+          [batch, height', width', channels'] of the compute type, and what the head
+          adds.
         """
         batch_norm: dict[str, Any] = {
             "train": train,
@@ -122,7 +131,7 @@ class ResNet(nn.Module):
             "axis_name": axis_name,
         }
         x = Convolution(
-            self.width,
+            self.widths[0],
             self.stem_size,
             self.stem_stride,
             self.conv_chunks,
@@ -133,22 +142,32 @@ class ResNet(nn.Module):
         if self.max_pool:
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         maps = []
-        for stage, num_blocks in enumerate(self.blocks):
-            for block in range(num_blocks):
-                last = stage == len(self.blocks) - 1 and block == num_blocks - 1
+        for stage, width in enumerate(self.widths):
+            for block in range(self.blocks[stage]):
                 x = BasicBlock(
-                    self.width * 2**stage,
-                    stride=2 if stage > 0 and block == 0 else 1,
+                    width,
+                    stride=1 if x.shape[-1] == width else 2,
                     shortcut=self.shortcut,
-                    relu=self.final_relu or not last,
+                    relu=self._ends_with_relu(stage, block),
+                    zero_init=self.zero_init,
                     chunks=self.conv_chunks,
                     dtype=self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, **batch_norm)
             maps.append(x)
         features = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2))
-        logits = heads.create(self.head, self.num_classes)(features)
-        return logits, {"features": features, "maps": maps}
+        logits, out = heads.create(self.head, self.num_classes, self.proxies)(features)
+        return logits, {"features": features, "maps": maps} | out
+
+    def _ends_with_relu(self, stage: int, block: int) -> bool:
+        last = stage == len(self.blocks) - 1 and block == self.blocks[-1] - 1
+        rules = {
+            "all": True,
+            "not_last": not last,
+            "first_of_stage": block == 0,
+            "none": False,
+        }
+        return rules[self.relu]
 
 
 def resnet(
@@ -172,7 +191,7 @@ def resnet(
     return ResNet(
         num_classes,
         STAGES[depth],
-        width,
+        tuple(width * 2**stage for stage in range(4)),
         stem_size=7 if stem == "7x7" else 3,
         stem_stride=2 if stem == "7x7" else 1,
         max_pool=True,

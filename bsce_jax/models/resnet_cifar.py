@@ -21,4 +21,5 @@ def resnet_cifar(
       width: channels of the first stage; the others have 2 and 4 times as many.
       **options: other attributes of `ResNet`.
     """
-    return ResNet(num_classes, ((depth - 2) // 6,) * 3, width, **options)
+    widths = (width, 2 * width, 4 * width)
+    return ResNet(num_classes, ((depth - 2) // 6,) * 3, widths, **options)

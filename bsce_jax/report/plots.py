@@ -62,27 +62,43 @@ def accuracy_curves(runs: Sequence[Results], path: epath.PathLike) -> None:
     """Draws top-1 accuracy after each step against the number of classes seen.
 
     Seeds of one name are one line, their mean, in a band of one sample standard
-    deviation to each side.
+    deviation to each side. Where a run has a memory, a second panel shows the nearest
+    mean of exemplars.
 
     Raises:
       UserError: no run has a finished step.
     """
-    with _figure((6.4, 4.0), path) as figure:
-        axes = figure.add_subplot()
-        for index, (label, group) in enumerate(_finished(runs).items()):
-            classes = tables.classes_seen(group[0])
-            values = [
-                [record["result"]["top1"] for record in results["steps"]]
-                for results in group
-            ]
-            averages = [r["summary"]["average_incremental_top1"] for r in group]
-            mean, deviation = tables.mean_and_deviation(averages)
-            text = f"{mean:.1f} ± {deviation:.1f}" if len(group) > 1 else f"{mean:.1f}"
-            _band(axes, index, classes, values, f"{label}: {text}", MARKERS)
-        axes.set_xlabel("number of classes")
-        axes.set_ylabel("top-1 accuracy (%)")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.legend(title="average incremental accuracy (%)", alignment="left")
+    finished = _finished(runs)
+    panels = [("highest logit", "top1", "average_incremental_top1")]
+    nearest = "average_incremental_nearest_mean"
+    if any(r["summary"][nearest] is not None for g in finished.values() for r in g):
+        panels.append(("nearest mean of exemplars", "top1_nearest_mean", nearest))
+    with _figure((0.6 + 5.8 * len(panels), 4.0), path) as figure:
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, name, average) in zip(all_axes, panels, strict=True):
+            _curves(axes, finished, name, average)
+            axes.set_title(title if len(panels) > 1 else "")
+            axes.set_xlabel("number of classes")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+            axes.legend(title="average incremental accuracy (%)", alignment="left")
+        all_axes[0].set_ylabel("top-1 accuracy (%)")
+
+
+def _curves(
+    axes: Axes, finished: Mapping[str, list[Results]], name: str, average: str
+) -> None:
+    """One line a name, of the runs that have the accuracy."""
+    for index, (label, group) in enumerate(finished.items()):
+        averages = [results["summary"][average] for results in group]
+        if None in averages:
+            continue
+        classes = tables.classes_seen(group[0])
+        values = [
+            [record["result"][name] for record in results["steps"]] for results in group
+        ]
+        mean, deviation = tables.mean_and_deviation(averages)
+        text = f"{mean:.1f} ± {deviation:.1f}" if len(group) > 1 else f"{mean:.1f}"
+        _band(axes, index, classes, values, f"{label}: {text}", MARKERS)
 
 
 def confusion_matrices(runs: Sequence[Results], path: epath.PathLike) -> None:

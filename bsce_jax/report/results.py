@@ -2,7 +2,7 @@
 
 The file is one JSON object:
 
-    schema        1
+    schema        2
     name          label of the run, equal for runs that differ only in the seed
     status        "running" or "done"
     config        the resolved configuration
@@ -25,7 +25,10 @@ the test images of the classes seen so far, classes are positions in the class o
     top1_base, top1_old,      on the classes of the base step, of all earlier steps
     top1_new                  (null in the base step) and of this step
     top1_by_task              [step + 1] on the classes introduced in each step
-    loss, train_accuracy      [epochs] means over each epoch of training
+    top1_nearest_mean         top-1 of the nearest mean of exemplars; null without a
+                              memory (all other accuracies are of the highest logit)
+    loss, train_accuracy      [epochs] means over each epoch of the main training
+    finetune_loss             [epochs] of balanced fine-tuning; [] where there is none
     alpha                     [[update, value], ...], update counted from the start of
                               the step; [] where alpha is not learned
     parameters_sha256         of the parameters after the step
@@ -46,7 +49,7 @@ from etils import epath
 from bsce_jax import metrics
 from bsce_jax.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "results.json"
 
 
@@ -129,8 +132,9 @@ def summary(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """The numbers of a run that papers report, in percent, from its step records.
 
     Returns:
-      average_incremental_top1, average_incremental_top5: mean over all steps, base
-        step included; top-5 is None where a step has none.
+      average_incremental_top1, average_incremental_top5,
+        average_incremental_nearest_mean: mean over all steps, base step included;
+        None where a step has none.
       final_top1, final_base_top1: after the newest step, on all classes and on those
         of the base step.
       forgetting: see `metrics.forgetting`; None before the first incremental step.
@@ -140,6 +144,7 @@ def summary(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     if not results:
         return dict.fromkeys(_SUMMARY)
     top5 = [result["top5"] for result in results]
+    nearest = [result["top1_nearest_mean"] for result in results]
     matrix = [
         result["top1_by_task"] + [None] * (len(results) - len(result["top1_by_task"]))
         for result in results
@@ -148,6 +153,9 @@ def summary(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     values = {
         "average_incremental_top1": average([result["top1"] for result in results]),
         "average_incremental_top5": None if None in top5 else average(top5),
+        "average_incremental_nearest_mean": (
+            None if None in nearest else average(nearest)
+        ),
         "final_top1": results[-1]["top1"],
         "final_base_top1": results[-1]["top1_base"],
         "forgetting": metrics.forgetting(matrix) if len(results) > 1 else None,
@@ -324,8 +332,10 @@ _RESULT: dict[str, _Kind] = {
     "top1_old": _PERCENTAGE_OR_NULL,
     "top1_new": _PERCENTAGE,
     "top1_by_task": _PERCENTAGES,
+    "top1_nearest_mean": _PERCENTAGE_OR_NULL,
     "loss": ("a list of finite numbers", _list_of(_is_number)),
     "train_accuracy": _PERCENTAGES,
+    "finetune_loss": ("a list of finite numbers", _list_of(_is_number)),
     "alpha": ("a list of [update, value]", _list_of(_is_alpha)),
     "parameters_sha256": ("64 hexadecimal digits", _is_sha256),
 }
@@ -335,6 +345,7 @@ _CONFUSION: dict[str, _Kind] = {
 _SUMMARY: dict[str, _Kind] = {
     "average_incremental_top1": _NUMBER_OR_NULL,
     "average_incremental_top5": _NUMBER_OR_NULL,
+    "average_incremental_nearest_mean": _NUMBER_OR_NULL,
     "final_top1": _NUMBER_OR_NULL,
     "final_base_top1": _NUMBER_OR_NULL,
     "forgetting": _NUMBER_OR_NULL,

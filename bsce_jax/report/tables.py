@@ -11,6 +11,7 @@ Results = Mapping[str, Any]
 _SUMMARY = {
     "average_incremental_top1": "avg. top-1",
     "average_incremental_top5": "avg. top-5",
+    "average_incremental_nearest_mean": "avg. NME",
     "final_top1": "final",
     "final_base_top1": "final base",
     "forgetting": "forgetting",
@@ -22,13 +23,15 @@ def step_table(results: Results, markdown: bool = False) -> str:
 
     Accuracies in percent over the test images of the classes seen so far, and over
     those of the base step's, all earlier steps' (old) and this step's classes (new);
-    memory in images, seconds of wall clock.
+    of the highest logit, and under NME of the nearest mean of exemplars; memory in
+    images, seconds of wall clock.
     """
     header = [
         "step",
         "classes",
         "top-1",
         "top-5",
+        "NME",
         "base",
         "old",
         "new",
@@ -42,7 +45,14 @@ def step_table(results: Results, markdown: bool = False) -> str:
             [str(record["step"]), str(result["num_seen"])]
             + [
                 _number(result[name])
-                for name in ("top1", "top5", "top1_base", "top1_old", "top1_new")
+                for name in (
+                    "top1",
+                    "top5",
+                    "top1_nearest_mean",
+                    "top1_base",
+                    "top1_old",
+                    "top1_new",
+                )
             ]
             + [
                 str(result["memory_images"]),
@@ -54,6 +64,9 @@ def step_table(results: Results, markdown: bool = False) -> str:
     last = f"average incremental accuracy: top-1 {_number(average)}"
     if top5 is not None:
         last += f", top-5 {_number(top5)}"
+    nearest = results["summary"]["average_incremental_nearest_mean"]
+    if nearest is not None:
+        last += f", nearest mean of exemplars {_number(nearest)}"
     if results["status"] != "done":
         last += " so far"
     return f"{_format(header, rows, markdown)}\n\n{last}"

@@ -11,7 +11,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
 
     Args:
       config: changed in place.
-      dataset: "cifar100", "imagenet" (the subset too) or "digits".
+      dataset: "cifar100", "imagenet_subset", "imagenet" or "digits".
     """
     config.method = "il_baseline"
     config.terms = ConfigDict(
@@ -25,7 +25,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
         config.model.name = "resnet32"
         optim.epochs, optim.milestones = 250, (100, 150, 200)
         optim.batch_size, optim.weight_decay = 128, 2e-4
-    elif dataset == "imagenet":
+    elif dataset in ("imagenet_subset", "imagenet"):
         config.model.name = "resnet18"
         optim.epochs, optim.milestones = 100, (30, 60, 80, 90)
         optim.batch_size, optim.weight_decay = 256, 1e-4

@@ -1,0 +1,153 @@
+"""The loss terms of a configuration: their modules, options and weights."""
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bsce_jax import losses
+from bsce_jax.errors import UserError, field_error
+
+# Named weights, as functions of the numbers of old and seen classes.
+WEIGHTS = {
+    "rho": lambda old, seen: old / seen,  # Jodelet et al., section 3.1
+    "1-rho": lambda old, seen: 1.0 - old / seen,
+    "sqrt(old/new)": lambda old, seen: math.sqrt(old / (seen - old)),  # LUCIR
+    "sqrt(seen/new)": lambda old, seen: math.sqrt(seen / (seen - old)),  # PODNet
+}
+_NOT_OPTIONS = ("weight", "factor")
+
+
+def module(name: str) -> ModuleType:
+    """The module of a loss term, from `bsce_jax.losses`."""
+    return importlib.import_module(f"{losses.__name__}.{name}")
+
+
+def in_base_step(name: str) -> bool:
+    """Whether a term has a place in the base step, where no class is old."""
+    return not getattr(module(name), "NEEDS_OLD_CLASSES", False)
+
+
+def needs_similarities(name: str) -> bool:
+    """Whether a term needs a head with similarities and a learned scale."""
+    return getattr(module(name), "NEEDS_SIMILARITIES", False)
+
+
+def options(term: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword arguments that a configured term gives to its function."""
+    return {k: v for k, v in term.items() if k not in _NOT_OPTIONS}
+
+
+def weight(name: str, term: Mapping[str, Any], old: int, seen: int) -> float:
+    """A term's weight in a step with `old` old and `seen` seen classes.
+
+    Raises:
+      UserError: `weight` is neither a number nor a name of WEIGHTS, or `factor` is
+        not a number.
+    """
+    return _factor(name, term) * _weight(name, term["weight"], old, seen)
+
+
+def _weight(name: str, given: str | float, old: int, seen: int) -> float:
+    if isinstance(given, str) and given in WEIGHTS:
+        return float(WEIGHTS[given](old, seen))
+    number = _number(given)
+    if not math.isfinite(number):
+        names = ", ".join(WEIGHTS)
+        raise field_error(f"terms.{name}.weight", given, f"a number or {names}")
+    return number
+
+
+def _factor(name: str, term: Mapping[str, Any]) -> float:
+    given = term.get("factor", 1.0)
+    number = _number(given)
+    if not math.isfinite(number):
+        raise field_error(f"terms.{name}.factor", given, "a number")
+    return number
+
+
+def _number(given: Any) -> float:
+    """A number, also as text from the command line; NaN where it is none."""
+    try:
+        return math.nan if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def with_prior(terms: ConfigDict, prior: str, classification: str) -> ConfigDict:
+    """The terms of a run: a prior takes the place of a method's classification loss.
+
+    "The classification loss (CE for LUCIR, NCA for PODNet) is replaced by
+    BalancedS-CE" (Jodelet et al., on combining it with other methods): a term whose
+    module names a REPLACED_BY becomes that term, with the same weight, where there is
+    a prior or `classification` asks for it.
+    """
+    found = ConfigDict()
+    for name, term in terms.items():
+        other = getattr(module(name), "REPLACED_BY", None)
+        if other is None or (prior == "none" and classification == "auto"):
+            found[name] = term
+        else:
+            found[other] = {k: term[k] for k in _NOT_OPTIONS if k in term}
+    return found
+
+
+def check(terms: Any) -> None:
+    """Checks names, weights and options.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    if not isinstance(terms, ConfigDict) or not terms:
+        raise field_error("terms", terms, "a section of loss terms, at least one")
+    known = sorted(found.name for found in pkgutil.iter_modules(losses.__path__))
+    for name, term in terms.items():
+        if name not in known:
+            raise UserError(
+                f"config.terms.{name} is unknown; losses: {', '.join(known)}"
+            )
+        if not isinstance(term, ConfigDict) or "weight" not in term:
+            raise field_error(f"terms.{name}", term, "a section with a weight")
+        weight(name, term, old=1, seen=2)
+        _check_options(name, options(term))
+
+
+def _check_options(name: str, given: Mapping[str, Any]) -> None:
+    """Compares a term's options with the keyword arguments of its function."""
+    known = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(module(name).term).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for option, value in given.items():
+        if option not in known:
+            names = ", ".join([*_NOT_OPTIONS, *known])
+            raise UserError(f"config.terms.{name}.{option} is unknown; known: {names}")
+        want = known[option]
+        if not (same_type(value, want) and finite(value)):
+            kind = f"a finite value of type {type(want).__name__}"
+            raise field_error(f"terms.{name}.{option}", value, kind)
+
+
+def same_type(value: Any, want: Any) -> bool:
+    """Whether a value may stand where `want` is the default."""
+    if isinstance(want, bool) or isinstance(value, bool):
+        return isinstance(want, bool) and isinstance(value, bool)
+    if isinstance(want, tuple):
+        return isinstance(value, tuple) and all(
+            isinstance(v, int | float) and not isinstance(v, bool) for v in value
+        )
+    if isinstance(want, float):
+        return isinstance(value, int | float)
+    return isinstance(value, type(want))
+
+
+def finite(value: Any) -> bool:
+    """Whether there is neither NaN nor an infinity in a value."""
+    values = value if isinstance(value, tuple) else (value,)
+    return all(math.isfinite(v) for v in values if isinstance(v, float))

@@ -1,0 +1,48 @@
+"""LUCIR (Hou et al. 2019): cosine head, less-forget, margin ranking, imprinted rows.
+
+Sources: the authors' code, run.sh for CIFAR-100 and ImageNet-Subset and run_all.sh,
+the only one with class-balanced fine-tuning, for ImageNet. The base step has the
+classification loss alone.
+"""
+
+from ml_collections import ConfigDict
+
+
+def configure(config: ConfigDict, dataset: str) -> None:
+    """Sets the network, losses and training of a data set.
+
+    Args:
+      config: changed in place.
+      dataset: "cifar100", "imagenet_subset", "imagenet" or "digits".
+    """
+    config.method = "lucir"
+    config.model.head = "cosine"
+    config.model.final_relu = False
+    config.terms = ConfigDict(
+        {
+            "softmax_ce": {"weight": 1.0},
+            "less_forget": {"weight": "sqrt(old/new)", "factor": 5.0},
+            "margin_ranking": {"weight": 1.0, "k": 2, "margin": 0.5},
+        }
+    )
+    optim, finetune = config.optim, config.finetune
+    optim.freeze_old_rows = True
+    optim.batch_size = 128
+    finetune.learning_rate, finetune.milestones = 0.01, (10,)
+    finetune.trainable, finetune.batch_norm = "head", "eval"
+    if dataset == "cifar100":
+        config.model.name = "resnet32"
+        optim.epochs, optim.milestones, optim.weight_decay = 160, (80, 120), 5e-4
+    elif dataset in ("imagenet_subset", "imagenet"):
+        config.model.name = "resnet18"
+        config.terms.less_forget.factor = 10.0
+        optim.epochs, optim.milestones, optim.weight_decay = 90, (30, 60), 1e-4
+        finetune.epochs = 20 if dataset == "imagenet" else 0
+    elif dataset == "digits":
+        # Ours: the paper has no such data set.
+        config.model.name, config.model.width = "resnet8", 16
+        optim.base_epochs, optim.base_milestones = 20, (12, 17)
+        optim.epochs, optim.milestones = 40, (24, 34)
+        optim.batch_size, optim.weight_decay = 32, 5e-4
+    else:
+        raise ValueError(f"lucir has no settings for {dataset!r}")
