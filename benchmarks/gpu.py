@@ -6,10 +6,12 @@ Stages, in this order (--stages names some of them, separated by commas):
 
     speed      images/s of short runs, and of PyTorch (if installed) at a base step
     meta       time and memory of the gradient of alpha (benchmarks/meta_gradient.py)
-    none, balanced, meta_run
-               the paper's CIFAR-100 protocol (B50, 5 steps, 250 epochs) with the
-               softmax, BalancedS-CE and Meta BalancedS-CE, beside the paper's
-               accuracies; a base step that one run has finished serves the others
+    none, balanced, meta_run, lucir, lucir_balanced, podnet, ..., podnet0_relaxed
+               the paper's CIFAR-100 protocol (B50, 5 steps) beside the paper's
+               accuracies: IL-Baseline with the softmax, BalancedS-CE and Meta, LUCIR
+               and PODNet with their own loss and BalancedS-CE, and without memory
+               (0) with Relaxed too; a base step that one run has finished serves the
+               others that share it
 
 A stage consists of tasks, each a process of its own. The folder --output gets
 summary.json and summary.md, rewritten when a task ends, <stage>.log with all that the
@@ -37,9 +39,32 @@ from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STAGES = ("speed", "meta", "none", "balanced", "meta_run")
-# Average incremental accuracy of IL-Baseline with 5 steps (Jodelet et al., Table 1).
-PAPER = {"none": 43.80, "balanced": 62.22, "meta_run": 64.11}
+# Argument of the configuration, runs of equal base steps, and average incremental
+# accuracy with 5 steps (Jodelet et al., Table 1, and Table 3 for memory=0).
+RUNS = {
+    "none": ("prior=none", "il_baseline", 43.80),
+    "balanced": ("prior=balanced", "il_baseline", 62.22),
+    "meta_run": ("prior=meta", "il_baseline", 64.11),
+    "lucir": ("method=lucir,prior=none", "lucir", 63.37),
+    "lucir_balanced": ("method=lucir,prior=balanced", "lucir", 64.83),
+    "podnet": ("method=podnet,prior=none", "podnet with NCA", 64.46),
+    "podnet_balanced": ("method=podnet,prior=balanced", "podnet", 67.77),
+    "lucir0": ("method=lucir,prior=none,memory=0", "lucir", 43.71),
+    "lucir0_balanced": ("method=lucir,prior=balanced,memory=0", "lucir", 54.68),
+    "lucir0_relaxed": (
+        "method=lucir,prior=relaxed,epsilon=1,memory=0",
+        "lucir",
+        59.43,
+    ),
+    "podnet0": ("method=podnet,prior=none,memory=0", "podnet with NCA", 41.85),
+    "podnet0_balanced": ("method=podnet,prior=balanced,memory=0", "podnet", 63.31),
+    "podnet0_relaxed": (
+        "method=podnet,prior=relaxed,epsilon=1,memory=0",
+        "podnet",
+        65.66,
+    ),
+}
+STAGES = ("speed", "meta", *RUNS)
 DTYPES = ("bfloat16", "float32")  # float32 is TF32 on GPUs, in JAX and in PyTorch
 # Eager, and in two modes of torch.compile; the last one replays CUDA graphs.
 TORCH = (*DTYPES, "bfloat16-compile-default", "bfloat16-compile-reduce-overhead")
@@ -70,7 +95,7 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
         for dtype in DTYPES:
             flag = f"--dtype={dtype}"
             yield script_task(f"meta-{dtype}", "meta_gradient.py", options, flag)
-    for stage in PAPER:
+    for stage in RUNS:
         if stage in options.stages:
             yield run_task(stage, stage, options, base_step(stage, options.output))
 
@@ -79,7 +104,7 @@ def run_task(
     name: str, stage: str, options: argparse.Namespace, settings: dict[str, Any]
 ) -> Task:
     """A run of bsce_jax.main with some fields of its configuration set."""
-    prior = {"speed": "balanced", "meta_run": "meta"}.get(stage, stage)
+    argument = RUNS["balanced" if stage == "speed" else stage][0]
     file = "digits.py" if options.reduced else "cifar100.py"
     workdir = options.output / "runs" / name
     common = {
@@ -93,7 +118,7 @@ def run_task(
         # With equal counts, as in CIFAR-100, the priors share their base step.
         settings["data.max_per_class"] = 100
     command = [sys.executable, "-m", "bsce_jax.main"]
-    command.append(f"--config={ROOT / 'configs' / file}:prior={prior}")
+    command.append(f"--config={ROOT / 'configs' / file}:{argument}")
     command.append(f"--workdir={workdir}")
     command += [f"--config.{k}={v}" for k, v in (common | settings).items()]
     return Task(name, stage, command, workdir / "results.json")
@@ -101,7 +126,8 @@ def run_task(
 
 def base_step(stage: str, output: pathlib.Path) -> dict[str, Any]:
     """The setting that takes over the base step of another run, if one is finished."""
-    ready = [name for name in PAPER if finished_steps(output / "runs" / name)]
+    same = [name for name, run in RUNS.items() if run[1] == RUNS[stage][1]]
+    ready = [name for name in same if finished_steps(output / "runs" / name)]
     needed = ready and stage not in ready
     return {"init_from": output / "runs" / ready[0]} if needed else {}
 
@@ -168,7 +194,7 @@ def judge(task: Task, record: dict[str, Any], log: pathlib.Path) -> None:
         record["status"] = "done"
     elif record["exit_status"] in (-signal.SIGTERM, -signal.SIGKILL, 128 + 15):
         record["status"] = "unfinished"
-        if task.stage in PAPER:
+        if task.stage in RUNS:
             record["note"] = f"{finished_steps(task.result.parent)} steps finished"
     else:
         record["status"] = "failed"
@@ -217,7 +243,7 @@ def markdown(summary: dict[str, Any]) -> str:
                     row += [values.get(kind), goal.get(kind)]
                 meta.append([*row, outcome])
         else:
-            row = [name, result.get("average_incremental_top1"), PAPER[name]]
+            row = [name, result.get("average_incremental_top1"), RUNS[name][2]]
             row += [result.get("images_per_s"), result.get("base_step")]
             runs.append([*row, task["seconds"], outcome])
     if environment:

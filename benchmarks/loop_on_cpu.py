@@ -82,8 +82,10 @@ def compile_update(
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Compiles and times both ways."""
-    program = meta_gradient.make_program(options.model, "float32", options.conv_chunks)
-    state, context = meta_gradient.make_problem(program, options.size)
+    config, program = meta_gradient.make_program(
+        "il_baseline", options.model, "float32", options.conv_chunks
+    )
+    state, context = meta_gradient.make_problem(config, program, options.size)
     data = random_images(4 * options.batch, options.size)
     runs, found = {}, {}
     for name, count in (("host", 1), ("loop", options.updates)):

@@ -8,10 +8,12 @@ other load on the machine meets all of them:
     gradient_reverse      the same in reverse mode, the literal nested gradient
     alpha_and_train_step  alpha in forward mode, then the network, in one program
 
-The loss is IL-Baseline's with a teacher. Prints JSON: milliseconds, XLA's temporary
-memory and the ratios of both to train_step: `time_ratio` is the median over the
-rounds, `time_ratio_of_minima` that of the fastest rounds, `cpu_time_ratio` the median
-for the time of all threads, which other load changes least (of no use on a GPU).
+Network and losses are those of a method of configs/methods/ on CIFAR-100 (--method; a
+prior has taken the place of its own classification loss), with a teacher. Prints JSON:
+milliseconds, XLA's temporary memory and the ratios of both to train_step: `time_ratio`
+is the median over the rounds, `time_ratio_of_minima` that of the fastest rounds,
+`cpu_time_ratio` the median for the time of all threads, which other load changes least
+(of no use on a GPU).
 
     python benchmarks/meta_gradient.py --output meta.json
 
@@ -33,15 +35,26 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from bsce_jax import log_prior, meta_alpha, models, optim, steps, telemetry
-from bsce_jax.data import augment
-from bsce_jax.losses import kd, softmax_ce
+from bsce_jax import (
+    log_prior,
+    meta_alpha,
+    models,
+    optim,
+    parallel,
+    programs,
+    steps,
+    telemetry,
+    terms,
+)
+from bsce_jax.config import method_module, resolve
+from bsce_jax.defaults import default_config
 from bsce_jax.state import Batch, PyTree, StepContext, TrainState
 
 CLASSES, OLD, SEEN = 100, 50, 60  # the first incremental step of B50 with 5 steps
 IMAGES_OLD, IMAGES_NEW = 18, 500  # a class, with 2 of 20 exemplars held out
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "x.py")
 # At most this much more than a train step: what the method's cost is held to.
 TARGETS = {
     "gradient_forward": {"time_ratio": 1.6, "memory_ratio": 1.1},
@@ -50,31 +63,24 @@ TARGETS = {
 REDUCED = {"model": "resnet8", "size": 8, "batch": 8, "repeats": 2, "conv_chunks": [1]}
 
 
-def make_program(model: str, dtype: str, conv_chunks: int) -> steps.Program:
-    """The static part: IL-Baseline with Meta BalancedS-CE on CIFAR-100."""
-    pixels = {"mean": MEAN, "std": STD, "dtype": jnp.dtype(dtype)}
-    train = {"padding": 4, "flip": True, "brightness": 0.0, **pixels}
-    return steps.Program(
-        model=models.create(model, CLASSES, dtype=dtype, conv_chunks=conv_chunks),
-        terms=(
-            steps.Term("kd", kd.term, {"temperature": 2.0}),
-            steps.Term("softmax_ce", softmax_ce.term, {}),
-        ),
-        optimizer=optim.sgd(momentum=0.9, weight_decay=2e-4),
-        train_images=functools.partial(augment.train_images, **train),
-        test_images=functools.partial(augment.test_images, **pixels),
-        meta=steps.Meta(
-            optimizer=optim.alpha_optimizer("sgd", 1.0),
-            every=10,
-            inner_learning_rate=0.0,
-            minimum=1e-3,
-            maximum=10.0,
-            batch_norm="train",
-        ),
-    )
+def make_program(
+    method: str, model: str, dtype: str, conv_chunks: int
+) -> tuple[ConfigDict, steps.Program]:
+    """A method on CIFAR-100 with Meta BalancedS-CE: configuration and static part."""
+    config = default_config()
+    config.prior = "meta"
+    method_module(CONFIGS, method).configure(config, "cifar100")
+    config.model.name = model or config.model.name
+    config.model.dtype, config.model.conv_chunks = dtype, conv_chunks
+    config = resolve(config)
+    one = parallel.create("jit", jax.devices()[:1])
+    network = programs.build_model(config, one, CLASSES)
+    return config, programs.main_program(config, network)
 
 
-def make_problem(program: steps.Program, size: int) -> tuple[TrainState, StepContext]:
+def make_problem(
+    config: ConfigDict, program: steps.Program, size: int
+) -> tuple[TrainState, StepContext]:
     """State and context of the first incremental step, for size x size images."""
     assert program.meta is not None
     init = jax.jit(functools.partial(program.model.init, train=False))
@@ -100,10 +106,12 @@ def make_problem(program: steps.Program, size: int) -> tuple[TrainState, StepCon
         counts=counts,
         task_ids=np.int32(positions >= OLD),
         weights={
-            "kd": np.float32(OLD / SEEN),
-            "softmax_ce": np.float32(1 - OLD / SEEN),
+            name: np.float32(terms.weight(name, term, OLD, SEEN))
+            for name, term in config.terms.items()
         },
-        update_scale=optim.update_scale(state.params, seen),
+        update_scale=optim.update_scale(
+            state.params, seen & ~old if config.optim.freeze_old_rows else seen
+        ),
         teachers=(teacher,),
     )
     return state, jax.device_put(context)
@@ -211,9 +219,11 @@ def interleaved(
 
 def measure(options: argparse.Namespace, conv_chunks: int) -> dict[str, Any]:
     """Compiles and times the four programs with one setting of the convolutions."""
-    program = make_program(options.model, options.dtype, conv_chunks)
+    config, program = make_program(
+        options.method, options.model, options.dtype, conv_chunks
+    )
     arguments = (
-        *make_problem(program, options.size),
+        *make_problem(config, program, options.size),
         random_batch(options.batch, options.size, options.dtype, seed=0),
         random_batch(options.batch, options.size, options.dtype, seed=1),
         jnp.float32(0.1),
@@ -256,7 +266,8 @@ def parse_reducible(
 def parse() -> argparse.Namespace:
     """Reads the flags; fills in what depends on the device."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="resnet32")
+    parser.add_argument("--method", default="il_baseline")
+    parser.add_argument("--model", default="", help="default: the method's")
     parser.add_argument("--size", type=int, default=32, help="of the images, pixels")
     parser.add_argument("--batch", type=int, default=128, help="images, of B_t too")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -51,7 +51,7 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
       UserError: an unknown network or loss.
     """
     model = build_model(config, devices, num_classes)
-    main = _main_program(config, model)
+    main = main_program(config, model)
     base = dataclasses.replace(main, terms=_terms(config, base=True), meta=None)
     tuned = dataclasses.replace(
         main,
@@ -106,7 +106,7 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
     )
 
 
-def _main_program(config: ConfigDict, model: nn.Module) -> steps.Program:
+def main_program(config: ConfigDict, model: nn.Module) -> steps.Program:
     """The static part of the main training of an incremental step."""
     o = config.optim
     return steps.Program(

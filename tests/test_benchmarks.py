@@ -94,6 +94,9 @@ def test_gpu_commands_are_valid(gpu, monkeypatch, tmp_path):
             meta = configs["meta_run"]
             assert meta.prior == "meta" and meta.scenario.steps == 5
             assert meta.optim.epochs == meta.optim.base_epochs == 250
+            relaxed = configs["podnet0_relaxed"]
+            assert (relaxed.method, relaxed.memory.kind) == ("podnet", "none")
+            assert relaxed.epsilon == 1.0 and relaxed.init_from == ""
 
 
 @pytest.mark.slow
