@@ -23,8 +23,8 @@ def gradient(
     alpha: ArrayLike,
     learning_rate: ArrayLike,
     mode: str = "forward",
-    scale: Any = None,
     axis_name: str | None = None,
+    scale: Any = None,
 ) -> jax.Array:
     """Derivative by alpha of the validation loss after one step of gradient descent.
 
@@ -45,9 +45,9 @@ def gradient(
       mode: "forward" differentiates the step in the one direction alpha (jvp over
         grad: about the memory of a plain training step); "reverse" is the literal
         nested gradient, which stores both passes. They agree to rounding.
+      axis_name: the mapped axis, in pmap.
       scale: factor of the inner step, like params, leaves broadcastable (0 for frozen
         parameters); None is 1.
-      axis_name: the mapped axis, in pmap.
 
     Returns:
       Scalar of alpha's dtype, the same on every device.

@@ -249,8 +249,8 @@ def meta_step(
         state.params,
         state.alpha,
         meta.inner_learning_rate or learning_rate,
-        scale=context.update_scale,
         axis_name=axis_name,
+        scale=context.update_scale,
     )
     alpha, alpha_opt_state = meta_alpha.update(
         state.alpha,
