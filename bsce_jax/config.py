@@ -18,7 +18,8 @@ from bsce_jax.models import heads
 CHOICES: dict[str, tuple[str, ...]] = {
     "prior": ("none", "balanced", "weighted", "meta", "relaxed"),
     "epsilon_unit": ("count", "percent"),
-    "classification": ("auto", "softmax_ce"),
+    "classification": ("auto", "softmax_ce", "separated_softmax_ce"),
+    "sampling": ("uniform", "memory", "class"),
     "parallel": ("jit", "pmap"),
     "matmul_precision": ("default", "high", "highest"),
     "scenario.subset": ("all", "first100", "lucir"),
@@ -237,6 +238,8 @@ def _check_together(config: ConfigDict) -> None:
     if config.prior == "meta" and memory.kind == "none":
         raise field_error("prior", "meta", "another prior where memory.kind is none")
     used = terms.with_prior(config.terms, config.prior, config.classification)
+    if config.prior != "none" and config.classification == "separated_softmax_ce":
+        raise field_error("classification", config.classification, "auto with a prior")
     if config.prior != "none" and "softmax_ce" not in used:
         raise field_error("prior", config.prior, "none: no softmax_ce among the terms")
     for name in filter(terms.needs_similarities, used):

@@ -20,9 +20,13 @@ def default_config() -> ConfigDict:
     c.alpha = 1.0  # weighted: factor of the old classes' counts (Eq. 5)
     c.epsilon = 0.0  # relaxed: weight of every old class (Eq. 6)
     c.epsilon_unit = "count"  # count | percent of data.nominal_per_class
-    # auto: a prior replaces a method's own classification loss (PODNet's NCA) by
-    # softmax_ce | softmax_ce: replace it without a prior too
+    # auto: the method's own classification loss, whose place softmax_ce takes where
+    # there is a prior | softmax_ce | separated_softmax_ce (without a prior)
     c.classification = "auto"
+    # Images of an incremental step with exemplars: uniform (each once an epoch) |
+    # memory (as many old as new ones, drawn with replacement) | class (as many of
+    # every class); log-priors count the training set whatever is drawn from it.
+    c.sampling = "uniform"
     c.init_from = ""  # workdir of another run whose base step is taken over
     c.parallel = "jit"  # jit (over a mesh of all devices) | pmap
     c.updates_per_call = 0  # updates in one compiled call; 0 = 1 on CPU, else 50

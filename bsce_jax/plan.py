@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from bsce_jax import memory, scenario, terms
 from bsce_jax.config import digest, flatten
-from bsce_jax.data import resident, source
+from bsce_jax.data import resident, sampling, source
 from bsce_jax.errors import UserError
 
 
@@ -58,6 +58,7 @@ class StepData:
       counts: int [C], images of each class in `train`.
       exemplars: how many of the old classes' images there are in `train` and
         `held_out` together.
+      sampler: of `train`, where images are not drawn once an epoch each.
     """
 
     phase: str
@@ -68,6 +69,7 @@ class StepData:
     held_out: np.ndarray
     counts: np.ndarray
     exemplars: int
+    sampler: sampling.Sampler | None = None
 
 
 def load(config: ConfigDict) -> Dataset:
@@ -189,7 +191,14 @@ def step_data(
         train, held_out = memory.balanced_split(train, labels[train], held, rng)
     counts = np.bincount(labels[train], minlength=dataset.num_classes)
     kept = num_old * size
-    return StepData("main", step, num_old, group.stop, train, held_out, counts, kept)
+    sampler = None
+    if kept and config.sampling == "memory":
+        sampler = sampling.memory(labels[train], num_old)
+    elif kept and config.sampling == "class":
+        sampler = sampling.classes(labels[train])
+    return StepData(
+        "main", step, num_old, group.stop, train, held_out, counts, kept, sampler
+    )
 
 
 def has_finetuning(config: ConfigDict, dataset: Dataset, step: int) -> bool:

@@ -80,20 +80,23 @@ def _number(given: Any) -> float:
 
 
 def with_prior(terms: ConfigDict, prior: str, classification: str) -> ConfigDict:
-    """The terms of a run: a prior takes the place of a method's classification loss.
+    """The terms of a run: what stands in the place of the classification loss.
 
     "The classification loss (CE for LUCIR, NCA for PODNet) is replaced by
     BalancedS-CE" (Jodelet et al., on combining it with other methods): a term whose
-    module names a REPLACED_BY becomes that term, with the same weight, where there is
-    a prior or `classification` asks for it.
+    module says CLASSIFICATION becomes softmax_ce, with the same weight, where there
+    is a prior, or the term that `classification` names.
     """
+    wanted = classification
+    if wanted == "auto" and prior != "none":
+        wanted = "softmax_ce"
     found = ConfigDict()
     for name, term in terms.items():
-        other = getattr(module(name), "REPLACED_BY", None)
-        if other is None or (prior == "none" and classification == "auto"):
-            found[name] = term
+        classifies = getattr(module(name), "CLASSIFICATION", False)
+        if classifies and wanted not in ("auto", name):
+            found[wanted] = {k: term[k] for k in _NOT_OPTIONS if k in term}
         else:
-            found[other] = {k: term[k] for k in _NOT_OPTIONS if k in term}
+            found[name] = term
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bsce_jax import optim, parallel
-from bsce_jax.data import batches
+from bsce_jax.data import batches, sampling
 from bsce_jax.errors import UserError
 from bsce_jax.plan import StepData
 from bsce_jax.programs import Programs
@@ -48,11 +48,12 @@ class Plan:
       seed, step: what the order of images and all randomness depend on.
       train: int32, D_t; held_out: int32, B_t of Meta, else empty.
       batch_size: images of the global batch.
-      epochs: passes over D_t.
+      epochs: passes over D_t, or of the sampler's draws.
       learning_rates: one an epoch.
       first_epoch: epochs of the phases before, which random numbers go on from.
       alpha_every: updates from one update of alpha to the next; 0 = none.
       held_out_batch_size: images of a batch of B_t.
+      sampler: of `train`, where images are not drawn once an epoch each.
     """
 
     phase: str
@@ -66,11 +67,13 @@ class Plan:
     first_epoch: int = 0
     alpha_every: int = 0
     held_out_batch_size: int = 0
+    sampler: sampling.Sampler | None = None
 
     @property
     def updates_per_epoch(self) -> int:
         """Batches of an epoch, the last partial one included."""
-        return batches.updates_per_epoch(len(self.train), self.batch_size)
+        images = self.sampler.draws if self.sampler else len(self.train)
+        return batches.updates_per_epoch(images, self.batch_size)
 
     @property
     def updates(self) -> int:
@@ -106,6 +109,7 @@ def make_plan(config: ConfigDict, data: StepData) -> Plan:
         first_epoch=first_epoch,
         alpha_every=config.meta.every if len(data.held_out) else 0,
         held_out_batch_size=config.meta.batch_size,
+        sampler=data.sampler,
     )
 
 
@@ -215,6 +219,7 @@ def _rows(plan: Plan, first: int, count: int, width: int) -> tuple[Schedule, Row
         seed=plan.seed,
         step=plan.step,
         first_epoch=plan.first_epoch,
+        sampler=plan.sampler,
     )
     updates = first + np.minimum(np.arange(width), count - 1)
     epochs, within = np.divmod(updates, plan.updates_per_epoch)

@@ -234,6 +234,17 @@ def test_a_prior_replaces_a_methods_own_classification_loss():
         }
 
 
+def test_a_classification_loss_may_be_chosen_without_a_prior():
+    config = example()
+    config.classification = "separated_softmax_ce"
+    config.terms.softmax_ce.rescale = True
+    found = resolve(config).terms.to_dict()
+    assert found["separated_softmax_ce"] == {"weight": "1-rho"}
+    assert set(found) == {"separated_softmax_ce", "kd"}
+    config.prior = "balanced"
+    assert refusal(config).startswith("config.classification='separated_softmax_ce'")
+
+
 @pytest.mark.parametrize(
     ("when", "prior", "epochs"),
     [

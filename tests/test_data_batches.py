@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsce_jax.data import batches
+from bsce_jax.data import batches, sampling
 
 SIZES = st.integers(1, 40)
 plans = settings(max_examples=60, deadline=None)
@@ -149,3 +149,21 @@ def test_a_batch_costs_no_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
         batches.rows(indices, 64, update, seed=0, step=0)
         batches.cycled_rows(indices[:100], 64, update // 10, seed=0, step=0)
     assert len(made) == 2 + 2
+
+
+def test_a_sampler_draws_with_its_probabilities_and_its_number() -> None:
+    sampler = sampling.Sampler(np.array([0.7, 0.1, 0.2, 0.0]), 4000)
+    order = batches.epoch_order(1, 2, 3, 4, sampler)
+    assert order.dtype == np.int32 and len(order) == 4000
+    shares = np.bincount(order, minlength=4) / 4000
+    np.testing.assert_allclose(shares, sampler.probabilities, atol=0.03)
+    other = batches.epoch_order(1, 2, 4, 4, sampler)
+    assert np.any(order != other)
+    indices, joined = np.array([10, 11, 12, 13], np.int32), []
+    per_epoch = batches.updates_per_epoch(4000, 600)
+    for update in range(per_epoch, 2 * per_epoch):  # the epoch after `order`
+        found, valid = batches.rows(
+            indices, 600, update, seed=1, step=2, first_epoch=3, sampler=sampler
+        )
+        joined.append(found[valid > 0])
+    np.testing.assert_array_equal(np.concatenate(joined), indices[other])

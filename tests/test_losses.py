@@ -294,3 +294,62 @@ def test_terms() -> None:
         )
         np.testing.assert_array_equal(values, expected)
         np.testing.assert_array_equal(weights, batch.valid)
+
+
+# Table 6: loss rescaling and the separated softmax.
+
+
+def test_loss_rescaling_weighs_samples_by_their_class() -> None:
+    """w_y = (sum of counts / classes) / n_y; the mean over the batch or sum(w)."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(B, C)).astype(np.float32)
+    counts = np.array([20, 20, 500, 500, 0], np.float32)
+    labels = np.array([0, 2, 2, 1, 3, 0])
+    valid = np.array([1, 1, 1, 1, 1, 0], np.float32)
+    batch = types.SimpleNamespace(labels=labels, valid=valid)
+    prior = np.where(counts > 0, 0, log_prior.EXCLUDED).astype(np.float32)
+    context = types.SimpleNamespace(log_prior=prior, counts=counts)
+    z = logits.astype(float)[:, :4]
+    ce = np.log(np.exp(z).sum(axis=1)) - z[np.arange(B), labels]
+    w = (1040 / 4) / counts[labels]
+    for normalised, expected in (
+        (False, (ce * w)[:5].mean()),
+        (True, (ce * w)[:5].sum() / w[:5].sum()),
+    ):
+        values, weights = softmax_ce.term(
+            {"logits": logits},
+            None,
+            batch,
+            context,
+            rescale=True,
+            normalised=normalised,
+        )
+        found = float((values * weights).sum() / weights.sum())
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # An epoch over the training set has a mean weight of 1.
+    rescaled = np.asarray(softmax_ce.rescaling(jnp.asarray(counts)))
+    np.testing.assert_allclose((rescaled * counts).sum() / counts.sum(), 1, rtol=1e-6)
+
+
+def test_separated_softmax_oracle(x64: None) -> None:
+    """CE over the old columns for old labels, over the new ones for new labels."""
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(7, C))
+    labels = np.array([0, 1, 2, 3, 1, 2, 4])
+    old, new = np.arange(C) < 2, (np.arange(C) >= 2) & (np.arange(C) < 4)
+    values = losses.separated_softmax_cross_entropy(
+        jnp.asarray(logits), labels, old, new
+    )
+    expected = []
+    for z, y in zip(logits, labels, strict=True):
+        group = old if old[y] else new
+        inside = np.log(np.exp(z[group]).sum()) - z[y]
+        expected.append(inside if old[y] or new[y] else 0.0)
+    np.testing.assert_allclose(values, expected, rtol=1e-12, atol=1e-12)
+    gradient = jax.grad(
+        lambda z: losses.separated_softmax_cross_entropy(z, labels, old, new).sum()
+    )(jnp.asarray(logits))
+    for row, y in zip(np.asarray(gradient), labels, strict=True):
+        other = new if old[y] else old
+        np.testing.assert_array_equal(row[other], 0)  # they do not compete
+        assert np.any(row) == (old[y] or new[y])

@@ -108,6 +108,31 @@ def test_the_kinds_of_memory(memory, expected):
         np.testing.assert_array_equal(replayed, ranking[:old, :size].ravel())
 
 
+@pytest.mark.parametrize("kind", ["uniform", "memory", "class"])
+def test_what_an_incremental_step_samples(kind):
+    data = dataset([9] * 6, base=3, steps=3)
+    chosen = config(memory__per_class=2, sampling=kind)
+    ranking = full_ranking(data, 2)
+    base, later = (plan.step_data(chosen, data, ranking, step) for step in (0, 2))
+    assert base.sampler is None
+    if kind == "uniform":
+        assert later.sampler is None
+        return
+    shares, labels = later.sampler.probabilities, data.train_labels[later.train]
+    np.testing.assert_allclose(shares.sum(), 1)
+    by_class = np.bincount(labels, shares)
+    if kind == "memory":  # 8 exemplars, 9 new images
+        np.testing.assert_allclose(by_class, [1 / 8] * 4 + [1 / 2])
+        assert later.sampler.draws == 18
+    else:
+        np.testing.assert_allclose(by_class, [1 / 5] * 5)
+        assert later.sampler.draws == 45
+    without = plan.step_data(
+        config(memory__kind="none", sampling=kind), data, ranking, 2
+    )
+    assert without.sampler is None
+
+
 def test_fine_tuning_data_are_the_exemplars_of_all_classes_seen():
     data = dataset([8] * 6, base=3, steps=3)
     chosen = config(memory__per_class=2, finetune__epochs=4)
@@ -267,6 +292,7 @@ IRRELEVANT = {
     "memory.budget": 30,
     "memory.selection": "random",
     "classification": "softmax_ce",
+    "sampling": "class",
     "optim.freeze_old_rows": True,
     "evaluation.nearest_mean": False,
     "finetune.when": "never",

@@ -10,23 +10,39 @@ import functools
 
 import numpy as np
 
+from bsce_jax.data.sampling import Sampler
+
 TRAINING, CYCLED = 0, 1  # separate random streams
 
 
-def epoch_order(seed: int, step: int, epoch: int, n: int) -> np.ndarray:
-    """Returns the order of n images in one epoch: a read-only permutation, [n] int32.
+def epoch_order(
+    seed: int, step: int, epoch: int, n: int, sampler: Sampler | None = None
+) -> np.ndarray:
+    """Returns the order of n images in one epoch: read-only, [n] int32.
 
-    Equal to np.random.default_rng([seed, step, epoch]).permutation(n), on any machine.
+    A permutation, equal to np.random.default_rng([seed, step, epoch]).permutation(n),
+    on any machine; with a sampler its draws, [sampler.draws].
     """
-    return _order(seed, step, epoch, n, TRAINING)
+    return _order(seed, step, epoch, n, TRAINING, sampler)
 
 
 # A host prefetches across the border of two epochs and, with Meta, draws held-out
 # batches in between; four orders of 1.3 million images are 20 MB.
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, step: int, epoch: int, n: int, stream: int) -> np.ndarray:
+def _order(
+    seed: int,
+    step: int,
+    epoch: int,
+    n: int,
+    stream: int,
+    sampler: Sampler | None = None,
+) -> np.ndarray:
     """One permutation; stream 0 is that of default_rng([seed, step, epoch])."""
-    order = np.random.default_rng([seed, step, epoch, stream]).permutation(n)
+    rng = np.random.default_rng([seed, step, epoch, stream])
+    if sampler is None:
+        order = rng.permutation(n)
+    else:
+        order = rng.choice(n, sampler.draws, p=sampler.probabilities)
     order = order.astype(np.int32)
     order.setflags(write=False)  # the cache hands out the same array again
     return order
@@ -45,6 +61,7 @@ def rows(
     seed: int,
     step: int,
     first_epoch: int = 0,
+    sampler: Sampler | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the batch of one update.
 
@@ -55,13 +72,15 @@ def rows(
       seed: of the run.
       step: number of the incremental step.
       first_epoch: of the update 0, where another phase of the step came before.
+      sampler: draws with replacement in place of every image once an epoch.
 
     Returns:
       source indices [B] int32, and valid [B] float32: 1, or 0 in the padding rows
       (index 0) that complete the last batch of an epoch.
     """
-    epoch, batch = divmod(update, updates_per_epoch(len(indices), batch_size))
-    order = epoch_order(seed, step, first_epoch + epoch, len(indices))
+    size = sampler.draws if sampler else len(indices)
+    epoch, batch = divmod(update, updates_per_epoch(size, batch_size))
+    order = epoch_order(seed, step, first_epoch + epoch, len(indices), sampler)
     chosen = indices[order[batch * batch_size : (batch + 1) * batch_size]]
     found = np.zeros(batch_size, np.int32)
     valid = np.zeros(batch_size, np.float32)
@@ -80,11 +99,12 @@ def chunk(
     seed: int,
     step: int,
     first_epoch: int = 0,
+    sampler: Sampler | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the batches of consecutive updates, stacked for a compiled loop.
 
     Args:
-      indices, batch_size, seed, step, first_epoch: as in `rows`.
+      indices, batch_size, seed, step, first_epoch, sampler: as in `rows`.
       start: first update.
       count: number of updates, 0 to size.
       size: U, the fixed length of a chunk.
@@ -108,6 +128,7 @@ def chunk(
             seed=seed,
             step=step,
             first_epoch=first_epoch,
+            sampler=sampler,
         )
     return found, valid
 

@@ -11,6 +11,7 @@ from bsce_jax.losses.less_forget import less_forget
 from bsce_jax.losses.margin_ranking import margin_ranking
 from bsce_jax.losses.nca import nca
 from bsce_jax.losses.pod_spatial import pod_spatial
+from bsce_jax.losses.separated_softmax_ce import separated_softmax_cross_entropy
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "margin_ranking",
     "nca",
     "pod_spatial",
+    "separated_softmax_cross_entropy",
     "softmax_cross_entropy",
 ]

@@ -11,12 +11,8 @@ from bsce_jax.log_prior import EXCLUDED
 
 NEEDS_SIMILARITIES = True
 """The term reads what a cosine or local similarity head gives besides its logits."""
-REPLACED_BY = "softmax_ce"
-"""A prior replaces this classification loss by that term.
-
-"The classification loss (CE for LUCIR, NCA for PODNet) is replaced by BalancedS-CE"
-(Jodelet et al., on PODNet with BalancedS-CE).
-"""
+CLASSIFICATION = True
+"""Another classification loss may take its place: see `bsce_jax.terms.with_prior`."""
 
 
 def nca(

@@ -6,6 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+CLASSIFICATION = True
+"""Another classification loss may take its place: see `bsce_jax.terms.with_prior`."""
+
 
 def softmax_cross_entropy(
     logits: jax.Array, labels: jax.Array, log_prior: jax.Array | None = None
@@ -34,11 +37,29 @@ def softmax_cross_entropy(
     return -jnp.sum(jax.nn.log_softmax(scores), axis=1, where=is_label)
 
 
+def rescaling(counts: jax.Array) -> jax.Array:
+    """Loss rescaling: weights of the classes, inversely proportional to their images.
+
+    Args:
+      counts: ``[classes]`` training images of each class, 0 for those not seen.
+
+    Returns:
+      ``[classes]``, mean count / count over the classes with images (so that images
+      drawn from the training set have a mean weight of 1), 0 for the others.
+    """
+    present = counts > 0
+    mean = jnp.sum(counts) / jnp.maximum(jnp.sum(present), 1)
+    return jnp.where(present, mean / jnp.where(present, counts, 1), 0)
+
+
 def term(
     student: Mapping[str, Any],
     teacher: Mapping[str, Any] | None,
     batch: Any,
     context: Any,
+    *,
+    rescale: bool = False,
+    normalised: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The classification loss as a term of a training step.
 
@@ -46,10 +67,21 @@ def term(
       student: outputs of the model in training, with ``"logits"`` [batch, classes].
       teacher: not used.
       batch: ``labels`` [batch] int and ``valid`` [batch] (0 for padding rows).
-      context: ``log_prior`` [classes], log alpha included.
+      context: ``log_prior`` [classes], log alpha included, and ``counts`` [classes].
+      rescale: weight the samples by `rescaling` (Jodelet et al., Table 6).
+      normalised: with `rescale`, divide by the sum of the batch's weights, as
+        PyTorch's ``weight=`` does, not by its number of samples.
 
     Returns:
       Values and weights, both ``[batch]``; sum(w * v) / sum(w) is the loss.
     """
     values = softmax_cross_entropy(student["logits"], batch.labels, context.log_prior)
-    return values, batch.valid
+    if not rescale:
+        return values, batch.valid
+    is_label = batch.labels[:, None] == jnp.arange(len(context.counts))[None, :]
+    weights = jnp.sum(
+        jnp.where(is_label, rescaling(context.counts)[None, :], 0), axis=1
+    )
+    if normalised:
+        return values, batch.valid * weights
+    return values * weights, batch.valid
