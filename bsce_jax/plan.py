@@ -115,7 +115,7 @@ def load(config: ConfigDict) -> Dataset:
     dataset = Dataset(
         images, labels, *test, tuple(names[i] for i in order), order, groups
     )
-    _check(config, dataset)
+    check(config, dataset)
     return dataset
 
 
@@ -130,7 +130,12 @@ def class_order(config: ConfigDict, num_classes: int) -> np.ndarray:
     return scenario.class_order(num_classes, order)
 
 
-def _check(config: ConfigDict, dataset: Dataset) -> None:
+def check(config: ConfigDict, dataset: Dataset) -> None:
+    """Checks that scenario and memory fit a data set.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
     channels = dataset.train_images.shape[3]
     if len(config.data.mean) != channels:
         raise UserError(

@@ -19,7 +19,8 @@ def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
 
     Args:
       config: resolved configuration.
-      workdir: where compiled programs are kept, if config.compile_cache.
+      workdir: where compiled programs are kept, if config.compile_cache and unless
+        JAX_COMPILATION_CACHE_DIR names another folder.
     """
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if config.deterministic:
@@ -31,7 +32,8 @@ def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
         known = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = " ".join([known, *flags]).strip()
     if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         # A cache that cannot be written costs time, not results.
         warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")

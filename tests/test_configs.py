@@ -153,6 +153,7 @@ def test_the_hyper_parameters_of_the_paper_on_cifar100(prior, more, steps):
         "terms.kd.weight": "rho",
         "terms.kd.temperature": 2.0,
         "terms.softmax_ce.weight": "1-rho",
+        "terms.softmax_ce.rescale": False,
         "meta.every": 10,
         "meta.fraction": 0.1,
         "prior": prior,
@@ -178,6 +179,7 @@ def test_the_hyper_parameters_of_the_paper_on_imagenet():
         "terms.kd.weight": "rho",
         "terms.kd.temperature": 2.0,
         "terms.softmax_ce.weight": "1-rho",
+        "terms.softmax_ce.rescale": False,
     }
     assert {name: found[name] for name in expected} == expected
 

@@ -16,7 +16,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
     config.method = "il_baseline"
     config.terms = ConfigDict(
         {
-            "softmax_ce": {"weight": "1-rho"},
+            "softmax_ce": {"weight": "1-rho", "rescale": False},
             "kd": {"weight": "rho", "temperature": 2.0},
         }
     )

@@ -20,7 +20,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
     config.model.final_relu = False
     config.terms = ConfigDict(
         {
-            "softmax_ce": {"weight": 1.0},
+            "softmax_ce": {"weight": 1.0, "rescale": False},
             "less_forget": {"weight": "sqrt(old/new)", "factor": 5.0},
             "margin_ranking": {"weight": 1.0, "k": 2, "margin": 0.5},
         }

@@ -1,0 +1,1 @@
+"""Runs the tables and figures of the paper: python -m bsce_jax.reproduce --table 1."""

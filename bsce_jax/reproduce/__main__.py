@@ -1,0 +1,168 @@
+"""Runs the tables and figures of the paper: python -m bsce_jax.reproduce --table 1."""
+
+import argparse
+import contextlib
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+from bsce_jax import startup
+from bsce_jax.errors import UserError
+from bsce_jax.reproduce import cells as tables
+from bsce_jax.reproduce import runner
+
+EPILOG = """examples:
+  python -m bsce_jax.reproduce --table 1 --dataset cifar100 --seeds 3
+  python -m bsce_jax.reproduce --table 5 6 --rows il_baseline balanced --dry_run
+  python -m bsce_jax.reproduce --table 1 --dataset cifar100 --shard 2/4
+
+The same command again skips what is done and continues the rest. report.html,
+report.md and report.csv in the output folder are rewritten when a run ends."""
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the flags; unknown ones must be overrides, --config.field=value."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bsce_jax.reproduce",
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--table", nargs="+", default=[], metavar="N", help="tables, 1 to 6")
+    add("--figure", nargs="+", default=[], metavar="N", help="figures, 2 to 5")
+    add("--dataset", default="", help="cifar100, imagenet_subset or imagenet only")
+    add("--rows", nargs="+", default=[], help="rows by key; default: all")
+    add("--columns", nargs="+", default=[], help="columns by key; default: all")
+    add("--seeds", type=int, default=1, help="runs of a cell (default: 1)")
+    add("--output", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
+    add("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    add("--shard", default="1/1", metavar="I/N", help="part of the runs, 1/N to N/N")
+    add("--limit_seconds", type=float, default=0, help="of this call; 0: none")
+    add(
+        "--file",
+        nargs="+",
+        default=[],
+        metavar="NAME=OTHER",
+        help="another configuration file in place of one: cifar100=cifar100_cpu",
+    )
+    add("--dry_run", action="store_true", help="print the commands and stop")
+    options, rest = parser.parse_known_args(arguments)
+    for flag in rest:
+        if not (flag.startswith("--config.") and "=" in flag):
+            parser.error(f"unexpected {flag!r}: expected --config.field=value")
+    options.overrides = tuple(rest)
+    if not options.table and not options.figure:
+        parser.error("give --table or --figure")
+    for name in ("seeds", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1")
+    return options
+
+
+def choose(options: argparse.Namespace) -> tables.Chosen:
+    """What the flags ask for.
+
+    Raises:
+      UserError: --file or --shard is malformed.
+    """
+    files = dict(given.partition("=")[::2] for given in options.file)
+    if not all(files.values()):
+        raise UserError(f"--file {' '.join(options.file)}: expected NAME=OTHER")
+    keys = [f"table{n}" for n in options.table] + [f"figure{n}" for n in options.figure]
+    return tables.Chosen(
+        tables=tuple(keys),
+        dataset=options.dataset,
+        rows=tuple(options.rows),
+        columns=tuple(options.columns),
+        seeds=options.seeds,
+        files=files,
+        overrides=options.overrides,
+        folder=tables.configs_folder(),
+    )
+
+
+def shard(text: str) -> tuple[int, int]:
+    """Reads "2/4".
+
+    Raises:
+      UserError: it is not of that form, or out of range.
+    """
+    index, _, count = text.partition("/")
+    if index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
+        return int(index), int(count)
+    raise UserError(f"--shard {text!r}: expected I/N with 1 <= I <= N")
+
+
+def protocol(chosen: tables.Chosen) -> str:
+    """How the report names what was run: "full", or what is not the paper's."""
+    cut = [f"configs/{b}.py for configs/{a}.py" for a, b in chosen.files.items()]
+    cut += [flag.removeprefix("--config.") for flag in chosen.overrides]
+    return f"reduced: {'; '.join(cut)}" if cut else "full"
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    """Runs what was asked for; returns the exit status.
+
+    0: all done; 1: a run failed; 3: something is left to do.
+
+    Raises:
+      UserError: bad input.
+    """
+    from bsce_jax.report import page  # matplotlib only here
+
+    chosen = choose(options)
+    index, count = shard(options.shard)
+    found = tables.expand(chosen)
+    runs = list({run.name: run for cell in found for run in cell.runs}.values())
+    mine = tables.share(runs, index, count)
+    for cell in found:
+        if cell.missing:
+            print(f"{cell.table} {cell.row} {cell.column}: {cell.missing}")
+    if options.dry_run:
+        for run in mine:
+            workdir = options.output / "runs" / run.name
+            print(
+                f"{run.updates} updates: {' '.join(tables.command(run, workdir, None))}"
+            )
+        return 0
+    output = options.output.expanduser().resolve()
+    try:
+        (output / "runs").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output={options.output} cannot be made: {error}") from None
+
+    def changed(states: dict[str, str]) -> None:
+        others = {r.name: runner.state(output, r) for r in runs if r.name not in states}
+        everything = {**others, **states}
+        runner.write_manifest(output, protocol(chosen), found, everything)
+        page.write(output)
+
+    work = runner.Runner(mine, output, options.jobs, _show, changed)
+    limit = options.limit_seconds
+    deadline = time.monotonic() + limit - runner.GRACE if limit else float("inf")
+    with startup.StopSignal() as stop, contextlib.suppress(KeyboardInterrupt):
+        work.work(deadline, stop.requested)
+    left = [name for name, state in work.states.items() if state != "done"]
+    print(f"{len(mine) - len(left)} of {len(mine)} runs done; {output / 'report.html'}")
+    failed = [name for name, state in work.states.items() if state == "failed"]
+    return 1 if failed else 3 if left else 0
+
+
+def _show(line: str) -> None:
+    print(time.strftime("%H:%M:%S"), line, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    options = parse(arguments)
+    try:
+        return reproduce(options)
+    except UserError as error:
+        print(f"bsce_jax: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""From the cells of the paper's tables to the runs that fill them.
+
+configs/tables/<table>.py says how a cell is run: COLUMNS maps a column to a
+configuration file and arguments, ROWS a row to arguments (None where the method does
+not exist here), and a cell has those of both, the row's first. An argument whose name
+begins with "config." is an override of that field. Cells of one configuration share
+their runs, also across tables.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from bsce_jax import main, training
+from bsce_jax import plan as planning
+from bsce_jax.config import config_hash, digest, flatten, resolve
+from bsce_jax.errors import UserError
+from bsce_jax.report import published
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that some cells need.
+
+    Attributes:
+      name: of its folder.
+      seed: what distinguishes runs of one cell.
+      flags: --config=FILE:ARGUMENTS and its overrides, for bsce_jax.main.
+      config_hash: of all that can change its results.
+      base_hash: runs of one hash can share a base step.
+      updates, base_updates: of the whole run, and of its base step.
+    """
+
+    name: str
+    seed: int
+    flags: tuple[str, ...]
+    config_hash: str
+    base_hash: str
+    updates: int
+    base_updates: int
+
+
+class Cell(NamedTuple):
+    """A cell of a table: its runs, one a seed, or why there are none."""
+
+    table: str
+    row: str
+    column: str
+    missing: str
+    runs: tuple[Run, ...]
+
+
+@dataclasses.dataclass
+class _Known:
+    """What earlier cells have in common with later ones, by hash."""
+
+    runs: dict[str, Run] = dataclasses.field(default_factory=dict)
+    datasets: dict[str, planning.Dataset] = dataclasses.field(default_factory=dict)
+
+
+class Chosen(NamedTuple):
+    """What was asked for.
+
+    Attributes:
+      tables: keys, "table1", "figure4", ...
+      dataset: configuration file that columns must have; "" = any.
+      rows, columns: keys; () = all.
+      seeds: 0, 1, ... of each cell.
+      files: configuration files to take in place of others.
+      overrides: "--config.field=value" of every run.
+      folder: of the configuration files.
+    """
+
+    tables: tuple[str, ...]
+    dataset: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    seeds: int
+    files: Mapping[str, str]
+    overrides: tuple[str, ...]
+    folder: pathlib.Path
+
+
+def configs_folder() -> pathlib.Path:
+    """The configs/ of the source tree, or else that of the current folder.
+
+    Raises:
+      UserError: there is none.
+    """
+    for parent in (pathlib.Path(__file__).resolve().parents[2], pathlib.Path.cwd()):
+        if (parent / "configs" / "tables").is_dir():
+            return parent / "configs"
+    raise UserError("no configs/tables: run in the folder of the source tree")
+
+
+def expand(chosen: Chosen) -> list[Cell]:
+    """The chosen cells with their runs, in the order of the tables.
+
+    Raises:
+      UserError: an unknown table, row or column, nothing chosen, or a configuration
+        that is not valid.
+    """
+    tables = published.load()
+    known, cells = _Known(), []
+    for key in chosen.tables:
+        if key not in tables:
+            raise UserError(f"table {key!r}: expected one of {', '.join(tables)}")
+        how = table_module(chosen.folder, key)
+        for row, column in _chosen_cells(chosen, tables[key]):
+            stem, arguments = how.COLUMNS[column]
+            if chosen.dataset not in ("", stem):
+                continue
+            missing = _missing(chosen, stem, row, how.ROWS[row])
+            runs: tuple[Run, ...] = ()
+            if not missing:
+                settings = {**arguments, **how.ROWS[row]}
+                try:
+                    runs = tuple(
+                        _run(chosen, stem, settings, seed, known)
+                        for seed in range(chosen.seeds)
+                    )
+                except UserError as error:  # such as Meta with a single exemplar
+                    missing = str(error)
+            cells.append(Cell(key, row, column, missing, runs))
+    if not cells:
+        raise UserError("no cell is chosen: see --table, --dataset, --rows, --columns")
+    if not known.runs:
+        raise UserError(f"nothing can be run: {cells[0].missing}")
+    return cells
+
+
+def table_module(folder: pathlib.Path, key: str) -> ModuleType:
+    """Loads configs/tables/<key>.py."""
+    spec = importlib.util.spec_from_file_location(key, folder / "tables" / f"{key}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _chosen_cells(chosen: Chosen, table: published.Table) -> Iterable[tuple[str, str]]:
+    """Keys (row, column) of the cells of a table that were asked for."""
+    keys = {
+        "row": [row.key for row in table.rows],
+        "column": [column.key for column in table.columns],
+    }
+    if len(chosen.tables) == 1:
+        for kind, given in (("row", chosen.rows), ("column", chosen.columns)):
+            for key in given:
+                if key not in keys[kind]:
+                    allowed = ", ".join(keys[kind])
+                    raise UserError(f"{kind} {key!r} of {table.key}: one of {allowed}")
+    for row in keys["row"]:
+        for column in keys["column"]:
+            if chosen.rows and row not in chosen.rows:
+                continue
+            if chosen.columns and column not in chosen.columns:
+                continue
+            yield row, column
+
+
+def _missing(chosen: Chosen, stem: str, row: str, settings: Any) -> str:
+    """Why a cell cannot be run, or ""."""
+    if settings is None:
+        return f"the method {row} does not exist here yet"
+    file = _file(chosen, stem)
+    return "" if file.exists() else f"{file.name} does not exist yet"
+
+
+def _file(chosen: Chosen, stem: str) -> pathlib.Path:
+    given = chosen.files.get(stem, stem)
+    path = pathlib.Path(given)
+    return path if path.suffix == ".py" else chosen.folder / f"{given}.py"
+
+
+def _run(
+    chosen: Chosen,
+    stem: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    known: _Known,
+) -> Run:
+    """The run of a cell and seed, which may be that of an earlier cell."""
+    arguments = {k: v for k, v in settings.items() if not k.startswith("config.")}
+    text = ",".join(f"{k}={v}" for k, v in {**arguments, "seed": seed}.items())
+    fields = {k: v for k, v in settings.items() if k.startswith("config.")}
+    flags = (
+        f"--config={_file(chosen, stem)}:{text}",
+        *(f"--{name}={value}" for name, value in fields.items()),
+        *chosen.overrides,
+    )
+    name = _name(_file(chosen, stem).stem, settings)
+    flags = (*flags, f"--config.name={name}")
+    config = resolve(main.parse(["reproduce", *flags])[0])
+    key = config_hash(config)
+    if key not in known.runs:
+        dataset = _load(config, known)
+        updates = [
+            training.make_plan(config, data).updates
+            for data in planning.planned_phases(config, dataset)
+        ]
+        known.runs[key] = Run(
+            name=f"{name}-seed{seed}",
+            seed=seed,
+            flags=flags,
+            config_hash=key,
+            base_hash=planning.base_hash(config, dataset),
+            updates=sum(updates),
+            base_updates=updates[0],
+        )
+    return known.runs[key]
+
+
+def _name(stem: str, settings: Mapping[str, Any]) -> str:
+    """A name that says what a run is, but for its seed."""
+    order = {"method": 0, "prior": 1}
+    names = sorted(settings, key=lambda name: (order.get(name, 2), name))
+    parts = [stem]
+    for name in names:
+        value = re.sub(r"[^\w.]+", "_", str(settings[name])).strip("_")
+        short = name.rpartition(".")[2]
+        parts.append(value if name in order else f"{short}{value}")
+    return "-".join(parts)
+
+
+def _load(config: ConfigDict, known: _Known) -> planning.Dataset:
+    """The data set of a configuration, read once for all that agree on it."""
+    sections = ("data.", "scenario.")
+    fields = {k: v for k, v in flatten(config).items() if k.startswith(sections)}
+    if config.data.validation_fraction > 0:
+        fields["seed"] = config.seed
+    key = digest(fields)
+    if key not in known.datasets:
+        known.datasets[key] = planning.load(config)
+    planning.check(config, known.datasets[key])
+    return known.datasets[key]
+
+
+def share(runs: Sequence[Run], index: int, count: int) -> list[Run]:
+    """The runs of one of `count` processes, numbered from 1.
+
+    Runs that can share a base step stay together; the groups are dealt out by their
+    updates, largest first, each to the process with the least so far.
+    """
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.base_hash, []).append(run)
+    loads, mine = [0] * count, []
+    for group in sorted(groups.values(), key=lambda group: -cost(group)):
+        process = loads.index(min(loads))
+        loads[process] += cost(group)
+        if process == index - 1:
+            mine += group
+    return mine
+
+
+def cost(group: Sequence[Run]) -> int:
+    """Updates of runs that share a base step."""
+    return sum(run.updates - run.base_updates for run in group) + group[0].base_updates
+
+
+def command(run: Run, workdir: pathlib.Path, base: pathlib.Path | None) -> list[str]:
+    """The command of a run; `base` is a workdir whose base step it takes over."""
+    taken = [f"--config.init_from={base}"] if base else []
+    return [
+        sys.executable,
+        "-m",
+        "bsce_jax.main",
+        *run.flags,
+        f"--workdir={workdir}",
+        *taken,
+    ]

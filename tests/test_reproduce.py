@@ -1,0 +1,317 @@
+"""The runner of the paper's tables: cells to runs, shared base steps, going on."""
+
+import json
+import pathlib
+import sys
+import textwrap
+import time
+
+import pytest
+
+from bsce_jax.errors import UserError
+from bsce_jax.report import published
+from bsce_jax.report import results as results_file
+from bsce_jax.reproduce import __main__ as command
+from bsce_jax.reproduce import cells, runner
+from tests import runs
+from tests.test_report import make_results
+
+CONFIG = """
+from bsce_jax.config import method_module, parse_arguments
+from bsce_jax.defaults import default_config
+
+ARGUMENTS = {{"method": "il_baseline", "prior": "none", "steps": 5, "memory": 20,
+             "seed": 0, "alpha": 1.0, "epsilon": 0.0}}
+
+def get_config(argument=None):
+    given = parse_arguments(argument, ARGUMENTS)
+    c = default_config()
+    c.prior, c.seed, c.alpha = given["prior"], given["seed"], given["alpha"]
+    c.epsilon = given["epsilon"]
+    method_module({method_file!r}, given["method"]).configure(c, "digits")
+    c.data.name, c.data.data_dir = "blobs", {data_dir!r}
+    c.data.mean, c.data.std, c.data.padding, c.data.flip = (0.5,), (0.5,), 1, False
+    c.scenario.base_classes, c.scenario.steps = 4, 2
+    c.memory.per_class = 3
+    c.model.width = 4
+    c.model.conv_chunks = 1
+    c.optim.epochs, c.optim.batch_size, c.optim.milestones = 1, 16, (1,)
+    c.optim.base_epochs, c.optim.base_milestones = 2, (1,)
+    c.meta.every, c.meta.batch_size = 2, 8
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> pathlib.Path:
+    """A configuration of CIFAR-100's arguments for a data set of six classes."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    runs.blobs(folder / "data", 6)
+    path = folder / "small.py"
+    path.write_text(
+        CONFIG.format(
+            method_file=str(runs.ROOT / "configs" / "x.py"),
+            data_dir=str(folder / "data"),
+        )
+    )
+    return path
+
+
+def chosen(small, tables=("table5",), **changes) -> cells.Chosen:
+    values = {
+        "tables": tuple(tables),
+        "dataset": "cifar100",
+        "rows": (),
+        "columns": (),
+        "seeds": 1,
+        "files": {"cifar100": str(small)},
+        "overrides": (),
+        "folder": cells.configs_folder(),
+    }
+    return cells.Chosen(**{**values, **changes})
+
+
+def test_every_chosen_cell_has_its_runs_or_a_reason(small):
+    found = cells.expand(chosen(small, ("table1", "table5"), seeds=2))
+    tables = published.load()
+    expected = [
+        (key, row.key, column.key)
+        for key in ("table1", "table5")
+        for row in tables[key].rows
+        for column in tables[key].columns
+        if column.key.startswith(("cifar100", "5-", "10-"))
+    ]
+    assert [(c.table, c.row, c.column) for c in found] == expected
+    for cell in found:
+        assert (len(cell.runs), bool(cell.missing)) in ((2, False), (0, True))
+        assert [run.seed for run in cell.runs] in ([], [0, 1])
+    reasons = {cell.row: cell.missing for cell in found if cell.missing}
+    assert "the method icarl does not exist here yet" in reasons.values()
+
+
+def test_cells_of_one_configuration_share_their_run(small):
+    found = cells.expand(chosen(small, ("table1", "table5")))
+    by_key = {(c.table, c.row, c.column): c.runs for c in found}
+    (run,) = by_key["table5", "alpha-1.0", "5-average"]
+    assert by_key["table5", "alpha-1.0", "5-final"] == (run,)
+    assert by_key["table1", "il_baseline_balanced", "cifar100-5"] == (run,)
+    names = {r.name: r.config_hash for runs_ in by_key.values() for r in runs_}
+    assert len(set(names.values())) == len(names)
+    (other,) = by_key["table5", "alpha-0.5", "5-average"]
+    assert other.base_hash == run.base_hash and other.config_hash != run.config_hash
+    assert run.updates > run.base_updates > 0
+
+
+def test_a_cell_whose_configuration_is_refused_says_why(small):
+    found = cells.expand(
+        chosen(small, ("table4",), overrides=("--config.memory.per_class=1",))
+    )
+    meta = {cell.missing for cell in found if cell.row.endswith("meta")}
+    assert len(meta) == 1 and "at least 2 for prior=meta" in meta.pop()
+    with pytest.raises(UserError, match=r"nothing can be run: config.optim.epochs=-1"):
+        cells.expand(chosen(small, overrides=("--config.optim.epochs=-1",)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tables": ("table9",)}, "table 'table9': expected one of table1, table2"),
+        ({"rows": ("mine",)}, "row 'mine' of table5: one of alpha-0.1"),
+        ({"columns": ("mine",)}, "column 'mine' of table5: one of 5-final_base"),
+        ({"dataset": "mnist"}, "no cell is chosen"),
+        ({"files": {"cifar100": "none"}}, "none.py does not exist yet"),
+    ],
+)
+def test_a_wrong_choice_is_one_line(small, changes, message):
+    with pytest.raises(UserError, match=message):
+        cells.expand(chosen(small, **changes))
+
+
+def fake(name: str, base: str, updates: int = 10, base_updates: int = 4) -> cells.Run:
+    return cells.Run(name, 0, (), f"hash of {name}", base, updates, base_updates)
+
+
+def test_shares_keep_base_steps_together_and_lose_nothing():
+    all_runs = [fake(f"{b}{i}", b, 10 + i) for b in "abcde" for i in range(3)]
+    for count in (1, 2, 3, 7):
+        parts = [cells.share(all_runs, i + 1, count) for i in range(count)]
+        assert sorted(r.name for part in parts for r in part) == sorted(
+            r.name for r in all_runs
+        )
+        bases = [{r.base_hash for r in part} for part in parts]
+        assert sum(map(len, bases)) == 5  # no base step in two parts
+        sizes = [cells.cost([r for r in all_runs if r.base_hash == b]) for b in "abcde"]
+        loads = [sum(cells.cost([r for r in p if r.base_hash == b]) for b in bs)
+                 for p, bs in zip(parts, bases, strict=True)]  # fmt: skip
+        assert max(loads) - min(loads) <= max(sizes)
+
+
+# The runner, with scripts in place of runs.
+
+SCRIPT = """
+    import json, pathlib, sys, time
+    workdir, behaviour, taken = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir.parent.parent / "order").open("a") as file:
+        print(workdir.name, *[pathlib.Path(base).name for base in taken], file=file)
+    print("step 1/2, 3/10 updates")
+    if behaviour == "fail":
+        raise SystemExit("out of cheese")
+    if behaviour == "slow" and not (workdir / "begun").exists():
+        (workdir / "begun").touch()
+        time.sleep(100)
+    (workdir / "results.json").write_text((workdir.parent.parent / workdir.name)
+                                          .read_text())
+"""
+
+
+@pytest.fixture
+def scripted(monkeypatch, tmp_path):
+    """Makes a runner whose runs are scripts with a behaviour each."""
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    monkeypatch.setattr(runner, "GRACE", 1.0)
+
+    def make(all_runs, behaviours=None, jobs=1):
+        behaviours = behaviours or {}
+        for run in all_runs:
+            results = make_results() | {
+                "config_hash": run.config_hash,
+                "base_hash": run.base_hash,
+            }
+            (tmp_path / run.name).write_text(json.dumps(results))
+
+        def of(run, workdir, base):
+            arguments = [str(workdir), behaviours.get(run.name, "work")]
+            return [sys.executable, str(script), *arguments, *([base] if base else [])]
+
+        monkeypatch.setattr(cells, "command", of)
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        shown, states = [], []
+        made = runner.Runner(
+            all_runs, tmp_path, jobs, shown.append, lambda s: states.append(dict(s))
+        )
+        return made, shown, states
+
+    return make
+
+
+def order(folder: pathlib.Path) -> list[str]:
+    return (folder / "order").read_text().splitlines()
+
+
+def test_a_base_step_is_trained_once_and_done_runs_are_skipped(scripted, tmp_path):
+    all_runs = [fake("a0", "a"), fake("a1", "a"), fake("b0", "b"), fake("a2", "a")]
+    made, shown, states = scripted(all_runs[:2], jobs=2)
+    made.work(float("inf"), lambda: False)
+    assert order(tmp_path) == ["a0", "a1 a0"]  # a1 waited, although there was room
+    assert states[-1] == {"a0": "done", "a1": "done"}
+    made, _, states = scripted(all_runs, jobs=1)
+    assert made.states["a0"] == "done"
+    made.work(float("inf"), lambda: False)
+    assert order(tmp_path)[2:] == ["b0", "a2 a0"]
+    assert set(states[-1].values()) == {"done"}
+    assert any("a0: done" in line for line in shown)
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(scripted, tmp_path):
+    all_runs = [fake("a0", "a"), fake("a1", "a")]
+    made, shown, _ = scripted(all_runs, {"a0": "fail"})
+    made.work(float("inf"), lambda: False)
+    assert made.states == {"a0": "failed", "a1": "done"}
+    assert any("a0 failed: out of cheese" in line for line in shown)
+    made, _, _ = scripted(all_runs)  # called again, it is tried again
+    made.work(float("inf"), lambda: False)
+    assert made.states == {"a0": "done", "a1": "done"}
+    assert order(tmp_path)[-1] == "a0 a1"
+
+
+def test_at_the_limit_runs_are_asked_to_end_and_continue_later(scripted, tmp_path):
+    all_runs = [fake("a0", "a"), fake("a1", "a")]
+    made, _, states = scripted(all_runs, {"a0": "slow"})
+    made.work(time.monotonic() + 2.5, lambda: False)
+    assert states[-1] == {"a0": "to do", "a1": "to do"}
+    made, _, states = scripted(all_runs, {"a0": "slow"})
+    made.work(float("inf"), lambda: False)
+    assert states[-1] == {"a0": "done", "a1": "done"}
+
+
+def test_progress_counts_a_shared_base_step_once(scripted, tmp_path):
+    all_runs = [fake("a0", "a", 10, 4), fake("a1", "a", 12, 4), fake("b0", "b", 5, 1)]
+    made, *_ = scripted(all_runs)
+    assert made.progress().startswith("0/3 runs, 0.0 %")
+    made, *_ = scripted(all_runs[:1])
+    made.work(float("inf"), lambda: False)
+    made, *_ = scripted(all_runs)
+    assert made.progress().startswith(f"1/3 runs, {100 * 10 / 23:.1f} %")
+
+
+def test_a_run_of_another_configuration_in_the_way_is_refused(scripted, tmp_path):
+    made, *_ = scripted([fake("a0", "a")])
+    made.work(float("inf"), lambda: False)
+    other = cells.Run("a0", 0, (), "another hash", "a", 10, 4)
+    with pytest.raises(UserError, match="a run of another configuration"):
+        scripted([other])
+
+
+# The command.
+
+
+def arguments(small, output, *more: str) -> list[str]:
+    return [
+        "--table=5",
+        "--rows",
+        "alpha-0.5",
+        "alpha-1.0",
+        "--columns",
+        "5-average",
+        "5-final",
+        "--file",
+        f"cifar100={small}",
+        f"--output={output}",
+        *more,
+    ]
+
+
+def test_a_table_is_run_reported_and_not_run_again(small, tmp_path, capsys):
+    """End to end, with real runs; the second takes over the first one's base step."""
+    assert command.main(arguments(small, tmp_path)) == 0
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["protocol"].startswith("reduced: ")
+    workdirs = sorted((tmp_path / "runs").iterdir())
+    found = [results_file.read(workdir) for workdir in workdirs]
+    assert len(found) == 2 and {r["status"] for r in found} == {"done"}
+    assert found[0]["base_hash"] == found[1]["base_hash"]
+    compiled = [r["steps"][-1]["telemetry"]["compiles"] for r in found]
+    assert sum("base_update" in counts for counts in compiled) == 1
+    statuses = [run["status"] for cell in manifest["cells"] for run in cell["runs"]]
+    assert statuses == ["done"] * 4
+    for name in ("report.html", "report.md", "report.csv"):
+        assert (tmp_path / name).stat().st_size > 100
+    times = [(w / "results.json").stat().st_mtime for w in workdirs]
+    capsys.readouterr()
+    assert command.main(arguments(small, tmp_path)) == 0
+    assert "2 of 2 runs done" in capsys.readouterr().out
+    assert [(w / "results.json").stat().st_mtime for w in workdirs] == times
+
+
+def test_a_dry_run_prints_commands_that_are_valid(small, tmp_path, capsys):
+    assert command.main(arguments(small, tmp_path / "x", "--dry_run", "--seeds=2")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and not (tmp_path / "x").exists()
+    assert all("bsce_jax.main --config=" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shard=3/2"], "--shard '3/2': expected I/N"),
+        (["--shard=x"], "--shard 'x'"),
+        (["--file", "cifar100"], "--file cifar100: expected NAME=OTHER"),
+        (["--config.optim.epoch=1"], "epoch"),
+    ],
+)
+def test_mistakes_are_one_line(small, tmp_path, capsys, flags, message):
+    assert command.main(arguments(small, tmp_path, *flags)) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("bsce_jax: ") and message in line

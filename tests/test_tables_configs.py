@@ -1,0 +1,265 @@
+"""configs/tables: how each cell of the paper's tables and figures is run."""
+
+import functools
+import importlib.util
+import pathlib
+import types
+
+import pytest
+from ml_collections import ConfigDict
+
+from bsce_jax.config import config_hash, flatten, resolve
+from bsce_jax.context import epsilon_count
+from bsce_jax.defaults import default_config
+from bsce_jax.errors import UserError
+from bsce_jax.main import parse
+from bsce_jax.report import published
+
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
+PUBLISHED = published.load()
+ARGUMENTS = ("method", "prior", "steps", "memory", "seed", "alpha", "epsilon")
+METHODS = ("il_baseline", "lucir", "podnet")
+# Table 6: what each way to mitigate the imbalance sets.
+MITIGATIONS = {
+    "memory_oversampling": {"sampling": "memory"},
+    "class_oversampling": {"sampling": "class"},
+    "loss_rescaling": {"terms.softmax_ce.rescale": True},
+    "balanced_finetuning": {
+        "finetune.epochs": 20,
+        "finetune.learning_rate": 0.01,
+        "finetune.milestones": [10],
+        "finetune.trainable": "head",
+    },
+    "separated_softmax": {
+        "classification": "separated_softmax_ce",
+        "sampling": "memory",
+    },
+}
+
+
+@functools.cache
+def load(file: pathlib.Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+TABLES = {key: load(CONFIGS / "tables" / f"{key}.py") for key in PUBLISHED}
+CELLS = [
+    (table, row, column)
+    for table, module in TABLES.items()
+    for row, given in module.ROWS.items()
+    for column in module.COLUMNS
+    if given is not None and (row, column) != ("il_baseline_meta", "memory-1")
+]
+
+
+def cell(table: str, row: str, column: str) -> tuple[str, dict[str, object]]:
+    """The configuration file of a cell and its arguments; those of the row win."""
+    stem, given = TABLES[table].COLUMNS[column]
+    return stem, {**given, **TABLES[table].ROWS[row]}
+
+
+def has_file(table: str, row: str, column: str) -> bool:
+    stem, _ = cell(table, row, column)
+    return (CONFIGS / f"{stem}.py").exists()
+
+
+def run(table: str, row: str, column: str) -> ConfigDict:
+    """The resolved configuration of a cell, through the command line."""
+    stem, given = cell(table, row, column)
+    arguments = [f"{k}={v}" for k, v in given.items() if not k.startswith("config.")]
+    overrides = [f"--{k}={v}" for k, v in given.items() if k.startswith("config.")]
+    return _resolved(f"{CONFIGS / stem}.py:{','.join(arguments)}", tuple(overrides))
+
+
+@functools.cache
+def _resolved(file: str, overrides: tuple[str, ...]) -> ConfigDict:
+    config, _ = parse(["main", f"--config={file}", *overrides])
+    return resolve(config)
+
+
+def test_every_table_has_its_file_with_the_keys_of_the_published_numbers():
+    found = {path.stem for path in (CONFIGS / "tables").glob("*.py")}
+    assert found == set(PUBLISHED)
+    for key, table in PUBLISHED.items():
+        assert key.capitalize()[:-1] + " " + key[-1] in TABLES[key].__doc__
+        assert list(TABLES[key].COLUMNS) == [column.key for column in table.columns]
+        assert list(TABLES[key].ROWS) == [row.key for row in table.rows]
+
+
+def test_the_rows_without_a_method_are_those_reported_but_for_two_classifiers():
+    for key, table in PUBLISHED.items():
+        for row in table.rows:
+            exists = (
+                row.origin == "authors' run" and row.key not in ("ncm", "slda")
+            ) or row.key in ("lucir_reported", "podnet_reported")
+            assert (TABLES[key].ROWS[row.key] is not None) == exists, row.key
+
+
+def test_the_arguments_and_fields_of_every_cell_have_known_names():
+    fields = flatten(default_config())
+    for table, row, column in CELLS:
+        stem, given = cell(table, row, column)
+        assert stem in ("cifar100", "imagenet_subset", "imagenet")
+        assert {"method", "prior", "steps"} <= given.keys()
+        assert given["method"] in METHODS
+        for name in given:
+            known = fields if name.startswith("config.") else ARGUMENTS
+            # The fields of a loss term are checked where the run is resolved.
+            if not name.startswith("config.terms."):
+                assert name.removeprefix("config.") in known, (table, row, name)
+
+
+def method(row: str) -> str:
+    """From the row's key; the rows of Tables 5 and 6 are all IL-Baseline's."""
+    return next((name for name in METHODS if row.startswith(name)), "il_baseline")
+
+
+def prior(table: str, row: str) -> str:
+    if table == "figure4":
+        return "relaxed"
+    if row.startswith("alpha-"):
+        return "balanced" if row == "alpha-1.0" else "weighted"
+    last = row.split("_")[-1]
+    return last if last in ("balanced", "meta", "relaxed") else "none"
+
+
+def steps(table: str, column: str) -> int:
+    if table in ("table1", "table3"):
+        return int(column.split("-")[1])
+    if table == "table5":
+        return int(column.split("-")[0])
+    return 10 if table == "table2" else 5
+
+
+def memory(table: str, column: str) -> dict[str, object]:
+    if table == "table2":
+        return {"memory.kind": "fixed", "memory.budget": 20000}
+    if table in ("table3", "figure3", "figure4"):
+        return {"memory.kind": "none", "memory.per_class": 0}
+    number = int(column.removeprefix("memory-")) if table == "table4" else 20
+    return {"memory.kind": "growing", "memory.per_class": number}
+
+
+def expected(table: str, row: str, column: str) -> dict[str, object]:
+    """The main facts of a run, told from the keys of its cell alone."""
+    name, _, _ = column.rpartition("-")
+    name = name if table in ("table1", "table3") else "cifar100"
+    name = {"table2": "imagenet", "figure3": "imagenet_subset"}.get(table, name)
+    small = name == "cifar100"
+    base_classes = 500 if name == "imagenet" else 50
+    epochs = (250 if small else 100) if method(row) == "il_baseline" else None
+    facts = {
+        "method": method(row),
+        "prior": prior(table, row),
+        "scenario.base_classes": 0 if table == "table2" else base_classes,
+        "scenario.steps": steps(table, column),
+        "optim.epochs": epochs or (160 if small else 90),
+        **memory(table, column),
+        **MITIGATIONS.get(row, {}),
+    }
+    if small:
+        facts["data.name"] = "cifar100"
+    if facts["prior"] == "weighted":
+        facts["alpha"] = float(row.removeprefix("alpha-"))
+    return facts
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "column"), [one for one in CELLS if has_file(*one)]
+)
+def test_every_run_is_valid_and_is_the_one_that_the_paper_describes(table, row, column):
+    config = run(table, row, column)
+    found = flatten(config)
+    facts = expected(table, row, column)
+    assert {name: found[name] for name in facts} == facts
+    if facts["prior"] == "relaxed":
+        percent = 0.2 if table == "table3" else float(column.removeprefix("epsilon-"))
+        images = 5 if found["data.name"] == "cifar100" else 13  # in a percent
+        assert epsilon_count(config) == pytest.approx(percent * images)
+
+
+def test_the_epsilon_of_the_paper_in_images():
+    for row in ("lucir_relaxed", "podnet_relaxed"):
+        config = ConfigDict(run("table3", row, "cifar100-5").to_dict())
+        assert epsilon_count(config) == pytest.approx(1)
+        config.data.nominal_per_class = 1300  # ImageNet
+        assert epsilon_count(config) == pytest.approx(2.6)
+
+
+def test_meta_with_one_exemplar_a_class_is_no_run():
+    assert "memory-1" in TABLES["table4"].COLUMNS
+    with pytest.raises(UserError, match="memory.per_class=1: .*at least 2.*meta"):
+        run("table4", "il_baseline_meta", "memory-1")
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        [
+            ("table1", "il_baseline", "cifar100-5"),
+            ("table4", "il_baseline", "memory-20"),
+            ("table6", "il_baseline", "average"),
+            ("figure2", "il_baseline", "final"),
+        ],
+        [
+            ("table1", "il_baseline_balanced", "cifar100-5"),
+            ("table4", "il_baseline_balanced", "memory-20"),
+            ("table5", "alpha-1.0", "5-final"),
+            ("table5", "alpha-1.0", "5-average"),
+            ("table6", "balanced", "average"),
+            ("figure2", "il_baseline_balanced", "final"),
+            ("figure5", "il_baseline_balanced", "final"),
+        ],
+        [
+            ("table1", "il_baseline_meta", "cifar100-5"),
+            ("table4", "il_baseline_meta", "memory-20"),
+            ("table5", "meta", "5-final_base"),
+            ("table6", "meta", "average"),
+            ("figure5", "il_baseline_meta", "final"),
+        ],
+        [
+            ("table1", "il_baseline_meta", "cifar100-10"),
+            ("table5", "meta", "10-average"),
+        ],
+        [
+            ("table1", "lucir", "cifar100-25"),
+            ("table1", "lucir_reported", "cifar100-25"),
+        ],
+        [
+            ("table3", "podnet_relaxed", "cifar100-5"),
+            ("figure4", "podnet", "epsilon-0.2"),
+        ],
+        [
+            ("table3", "lucir_balanced", "imagenet_subset-5"),
+            ("figure3", "lucir_balanced", "final"),
+        ],
+    ],
+)
+def test_equal_cells_of_different_tables_are_one_run(cells):
+    first = cell(*cells[0])
+    for other in cells[1:]:
+        stem, given = cell(*other)
+        assert (stem, given) == first
+    if has_file(*cells[0]):
+        assert len({config_hash(run(*one)) for one in cells}) == 1
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_two_rows_of_a_table_are_two_runs(table):
+    """But for the methods that the paper both reports and runs."""
+    column = next(iter(TABLES[table].COLUMNS))
+    seen = {}
+    for row, given in TABLES[table].ROWS.items():
+        if given is not None and not row.endswith("_reported"):
+            _, arguments = cell(table, row, column)
+            seen.setdefault(tuple(sorted(arguments.items())), []).append(row)
+    assert all(len(rows) == 1 for rows in seen.values()), seen
+
+
+def test_two_columns_of_figure_4_are_two_runs():
+    columns = TABLES["figure4"].COLUMNS
+    hashes = {config_hash(run("figure4", "lucir", column)) for column in columns}
+    assert len(hashes) == len(columns) == 12
