@@ -3,8 +3,8 @@
     python -m bsce_jax.main --config configs/digits.py
 
 A base step of 5 classes, then 5 steps of 1 class with 5 exemplars a class. Arguments:
-method (il_baseline, lucir, podnet), prior, memory (exemplars a class; 0 = none), seed,
-alpha, epsilon, for example configs/digits.py:method=lucir,prior=none.
+method (il_baseline, lucir, podnet), prior, steps (5 or 1), memory (exemplars a class;
+0 = none), seed, alpha, epsilon, for example configs/digits.py:method=lucir,prior=none.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +15,7 @@ from bsce_jax.defaults import default_config
 ARGUMENTS = {
     "method": "il_baseline",
     "prior": "balanced",
+    "steps": 5,
     "memory": 5,
     "seed": 0,
     "alpha": 1.0,
@@ -34,7 +35,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.data.std = (0.5,)
     config.scenario.class_order = "natural"
     config.scenario.base_classes = 5
-    config.scenario.steps = 5
+    config.scenario.steps = given["steps"]
     config.memory.kind = "growing" if given["memory"] else "none"
     config.memory.per_class = given["memory"]
     config.seed = given["seed"]
