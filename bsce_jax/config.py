@@ -121,6 +121,43 @@ def parse_arguments(argument: str | None, allowed: Mapping[str, Any]) -> dict[st
     return values
 
 
+# Arguments that configuration files have in common, and the field of each.
+COMMON_ARGUMENTS = {
+    "method": "il_baseline",
+    "prior": "none",
+    "steps": 5,
+    "memory": 20,
+    "seed": 0,
+    "alpha": 1.0,
+    "epsilon": 0.0,
+}
+_ARGUMENT_FIELDS = {"steps": "scenario.steps", "memory": "memory.per_class"}
+
+
+def apply_arguments(
+    config: ConfigDict, argument: str | None, allowed: Mapping[str, Any]
+) -> None:
+    """Sets the fields that a configuration file's string argument names.
+
+    memory is the number of exemplars a class, 0 for no memory; method is left for
+    `method_module`, which sets more than its name.
+
+    Args:
+      config: changed in place.
+      argument: see `parse_arguments`.
+      allowed: the file's ARGUMENTS: those above, with defaults of its own.
+
+    Raises:
+      UserError: an unknown name, or a value of the wrong type.
+    """
+    given = parse_arguments(argument, allowed)
+    config.update_from_flattened_dict(
+        {_ARGUMENT_FIELDS.get(name, name): value for name, value in given.items()}
+    )
+    if not given["memory"]:
+        config.memory.kind = "none"
+
+
 def method_module(config_file: str, method: str) -> ModuleType:
     """Loads `methods/<method>.py` beside a configuration file.
 

@@ -20,33 +20,18 @@ The data set is prepared once by
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import method_module, parse_arguments
+from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
 from bsce_jax.defaults import default_config
 
-ARGUMENTS = {
-    "method": "il_baseline",
-    "prior": "none",
-    "steps": 5,
-    "memory": 20,
-    "seed": 0,
-    "alpha": 1.0,
-    "epsilon": 0.0,
-}
+ARGUMENTS = COMMON_ARGUMENTS
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """The paper's CIFAR-100 setting."""
-    given = parse_arguments(argument, ARGUMENTS)
     config = default_config()
     config.data.name = "cifar100"
     config.data.nominal_per_class = 500
     config.scenario.base_classes = 50
-    config.scenario.steps = given["steps"]
-    config.memory.kind = "growing" if given["memory"] else "none"
-    config.memory.per_class = given["memory"]
-    config.seed = given["seed"]
-    config.prior = given["prior"]
-    config.alpha = given["alpha"]
-    config.epsilon = given["epsilon"]
-    method_module(__file__, given["method"]).configure(config, "cifar100")
+    apply_arguments(config, argument, ARGUMENTS)
+    method_module(__file__, config.method).configure(config, "cifar100")
     return config

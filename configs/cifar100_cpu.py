@@ -15,23 +15,14 @@ epsilon (images; 0.2 is the paper's 0.2 %).
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import method_module, parse_arguments
+from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
 from bsce_jax.defaults import default_config
 
-ARGUMENTS = {
-    "method": "il_baseline",
-    "prior": "balanced",
-    "steps": 5,
-    "memory": 5,
-    "seed": 0,
-    "alpha": 1.0,
-    "epsilon": 0.0,
-}
+ARGUMENTS = COMMON_ARGUMENTS | {"prior": "balanced", "memory": 5}
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """CIFAR-100 at 16x16, 100 images a class."""
-    given = parse_arguments(argument, ARGUMENTS)
     config = default_config()
     config.data.name = "cifar100"
     config.data.image_size = 16
@@ -39,14 +30,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.data.max_per_class = 100
     config.data.nominal_per_class = 100
     config.scenario.base_classes = 50
-    config.scenario.steps = given["steps"]
-    config.memory.kind = "growing" if given["memory"] else "none"
-    config.memory.per_class = given["memory"]
-    config.seed = given["seed"]
-    config.prior = given["prior"]
-    config.alpha = given["alpha"]
-    config.epsilon = given["epsilon"]
-    method_module(__file__, given["method"]).configure(config, "cifar100")
+    apply_arguments(config, argument, ARGUMENTS)
+    method_module(__file__, config.method).configure(config, "cifar100")
     config.model.name = config.model.name.replace("32", "20")
     optim = config.optim
     optim.base_epochs, optim.base_milestones = 40, (20, 30)

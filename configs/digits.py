@@ -9,23 +9,14 @@ method (il_baseline, lucir, podnet), prior, steps (5 or 1), memory (exemplars a 
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import method_module, parse_arguments
+from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
 from bsce_jax.defaults import default_config
 
-ARGUMENTS = {
-    "method": "il_baseline",
-    "prior": "balanced",
-    "steps": 5,
-    "memory": 5,
-    "seed": 0,
-    "alpha": 1.0,
-    "epsilon": 0.0,
-}
+ARGUMENTS = COMMON_ARGUMENTS | {"prior": "balanced", "memory": 5}
 
 
 def get_config(argument: str | None = None) -> ConfigDict:
     """The default demonstration: IL-Baseline with BalancedS-CE."""
-    given = parse_arguments(argument, ARGUMENTS)
     config = default_config()
     config.data.name = "digits"
     config.data.nominal_per_class = 144
@@ -35,13 +26,7 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.data.std = (0.5,)
     config.scenario.class_order = "natural"
     config.scenario.base_classes = 5
-    config.scenario.steps = given["steps"]
-    config.memory.kind = "growing" if given["memory"] else "none"
-    config.memory.per_class = given["memory"]
-    config.seed = given["seed"]
-    config.prior = given["prior"]
-    config.alpha = given["alpha"]
-    config.epsilon = given["epsilon"]
-    method_module(__file__, given["method"]).configure(config, "digits")
+    apply_arguments(config, argument, ARGUMENTS)
+    method_module(__file__, config.method).configure(config, "digits")
     config.model.conv_chunks = 1  # chunks do not pay for images this small
     return config

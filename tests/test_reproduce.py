@@ -17,18 +17,13 @@ from tests import runs
 from tests.test_report import make_results
 
 CONFIG = """
-from bsce_jax.config import method_module, parse_arguments
+from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
 from bsce_jax.defaults import default_config
 
-ARGUMENTS = {{"method": "il_baseline", "prior": "none", "steps": 5, "memory": 20,
-             "seed": 0, "alpha": 1.0, "epsilon": 0.0}}
-
 def get_config(argument=None):
-    given = parse_arguments(argument, ARGUMENTS)
     c = default_config()
-    c.prior, c.seed, c.alpha = given["prior"], given["seed"], given["alpha"]
-    c.epsilon = given["epsilon"]
-    method_module({method_file!r}, given["method"]).configure(c, "digits")
+    apply_arguments(c, argument, COMMON_ARGUMENTS)
+    method_module({method_file!r}, c.method).configure(c, "digits")
     c.data.name, c.data.data_dir = "blobs", {data_dir!r}
     c.data.mean, c.data.std, c.data.padding, c.data.flip = (0.5,), (0.5,), 1, False
     c.scenario.base_classes, c.scenario.steps = 4, 2
