@@ -145,7 +145,8 @@ def test_shares_keep_base_steps_together_and_lose_nothing():
 
 SCRIPT = """
     import json, pathlib, sys, time
-    workdir, behaviour, taken = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    workdir, behaviour = pathlib.Path(sys.argv[1]).absolute(), sys.argv[2]
+    taken = sys.argv[3:]
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir.parent.parent / "order").open("a") as file:
         print(workdir.name, *[pathlib.Path(base).name for base in taken], file=file)
@@ -177,7 +178,7 @@ def scripted(monkeypatch, tmp_path):
             (tmp_path / run.name).write_text(json.dumps(results))
 
         def of(run, workdir, base):
-            arguments = [str(workdir), behaviours.get(run.name, "work")]
+            arguments = [workdir, behaviours.get(run.name, "work")]
             return [sys.executable, str(script), *arguments, *([base] if base else [])]
 
         monkeypatch.setattr(cells, "command", of)
@@ -279,6 +280,7 @@ def test_a_table_is_run_reported_and_not_run_again(small, tmp_path, capsys):
     assert found[0]["base_hash"] == found[1]["base_hash"]
     compiled = [r["steps"][-1]["telemetry"]["compiles"] for r in found]
     assert sum("base_update" in counts for counts in compiled) == 1
+    assert str(tmp_path) not in json.dumps([r["config"] for r in found])
     statuses = [run["status"] for cell in manifest["cells"] for run in cell["runs"]]
     assert statuses == ["done"] * 4
     for name in ("report.html", "report.md", "report.csv"):

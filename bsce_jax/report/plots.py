@@ -73,14 +73,18 @@ def accuracy_curves(runs: Sequence[Results], path: epath.PathLike) -> None:
     nearest = "average_incremental_nearest_mean"
     if any(r["summary"][nearest] is not None for g in finished.values() for r in g):
         panels.append(("nearest mean of exemplars", "top1_nearest_mean", nearest))
-    with _figure((0.6 + 5.8 * len(panels), 4.0), path) as figure:
+    below = len(finished) > 4  # more lines would be hidden by the legend
+    height = 4.4 + 0.2 * len(finished) if below else 4.0
+    place = {"loc": "upper left", "bbox_to_anchor": (0, -0.14)} if below else {}
+    with canvas((0.6 + 5.8 * len(panels), height), path) as figure:
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (title, name, average) in zip(all_axes, panels, strict=True):
             _curves(axes, finished, name, average)
             axes.set_title(title if len(panels) > 1 else "")
             axes.set_xlabel("number of classes")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-            axes.legend(title="average incremental accuracy (%)", alignment="left")
+            title = "average incremental accuracy (%)"
+            axes.legend(title=title, alignment="left", **place)
         all_axes[0].set_ylabel("top-1 accuracy (%)")
 
 
@@ -116,7 +120,7 @@ def confusion_matrices(runs: Sequence[Results], path: epath.PathLike) -> None:
     matrices = [_confusion(results) for _, results in panels]
     norm = Normalize(0.0, math.log1p(max(1, *(int(m.max()) for m in matrices))))
     colors = matplotlib.colormaps["Blues"]
-    with _figure((3.5 * columns + 0.9, 4.0 * rows), path, "compressed") as figure:
+    with canvas((3.5 * columns + 0.9, 4.0 * rows), path, "compressed") as figure:
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         used = grid[: len(panels)]
         for axes in grid[len(panels) :]:
@@ -152,7 +156,7 @@ def alpha_curve(runs: Sequence[Results], path: epath.PathLike) -> bool:
     ]
     if not learned:
         return False
-    with _figure((6.4, 3.4), path) as figure:
+    with canvas((6.4, 3.4), path) as figure:
         axes = figure.add_subplot()
         last = 0
         for index, (label, group) in enumerate(tables.groups(learned).items()):
@@ -184,7 +188,7 @@ def alpha_curve(runs: Sequence[Results], path: epath.PathLike) -> bool:
 
 
 @contextmanager
-def _figure(
+def canvas(
     size: tuple[float, float],
     path: epath.PathLike,
     layout: Literal["constrained", "compressed"] = "constrained",

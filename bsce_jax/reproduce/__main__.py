@@ -122,10 +122,7 @@ def reproduce(options: argparse.Namespace) -> int:
             print(f"{cell.table} {cell.row} {cell.column}: {cell.missing}")
     if options.dry_run:
         for run in mine:
-            workdir = options.output / "runs" / run.name
-            print(
-                f"{run.updates} updates: {' '.join(tables.command(run, workdir, None))}"
-            )
+            print(f"{run.updates} updates: {tables.shown_command(run)}")
         return 0
     output = options.output.expanduser().resolve()
     try:

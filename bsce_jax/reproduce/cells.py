@@ -11,6 +11,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
@@ -23,6 +24,8 @@ from bsce_jax import plan as planning
 from bsce_jax.config import config_hash, digest, flatten, resolve
 from bsce_jax.errors import UserError
 from bsce_jax.report import published
+
+SOURCE = pathlib.Path(__file__).resolve().parents[2]  # what holds the package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def configs_folder() -> pathlib.Path:
     Raises:
       UserError: there is none.
     """
-    for parent in (pathlib.Path(__file__).resolve().parents[2], pathlib.Path.cwd()):
+    for parent in (SOURCE, pathlib.Path.cwd()):
         if (parent / "configs" / "tables").is_dir():
             return parent / "configs"
     raise UserError("no configs/tables: run in the folder of the source tree")
@@ -177,7 +180,7 @@ def _missing(chosen: Chosen, stem: str, row: str, settings: Any) -> str:
 def _file(chosen: Chosen, stem: str) -> pathlib.Path:
     given = chosen.files.get(stem, stem)
     path = pathlib.Path(given)
-    return path if path.suffix == ".py" else chosen.folder / f"{given}.py"
+    return path.resolve() if path.suffix == ".py" else chosen.folder / f"{given}.py"
 
 
 def _run(
@@ -266,14 +269,14 @@ def cost(group: Sequence[Run]) -> int:
     return sum(run.updates - run.base_updates for run in group) + group[0].base_updates
 
 
-def command(run: Run, workdir: pathlib.Path, base: pathlib.Path | None) -> list[str]:
+def command(run: Run, workdir: str, base: str = "") -> list[str]:
     """The command of a run; `base` is a workdir whose base step it takes over."""
     taken = [f"--config.init_from={base}"] if base else []
-    return [
-        sys.executable,
-        "-m",
-        "bsce_jax.main",
-        *run.flags,
-        f"--workdir={workdir}",
-        *taken,
-    ]
+    program = [sys.executable, "-m", "bsce_jax.main"]
+    return [*program, *run.flags, f"--workdir={workdir}", *taken]
+
+
+def shown_command(run: Run) -> str:
+    """The command of a run for readers, from the folder of the source tree."""
+    flags = (flag.replace(f"--config={SOURCE}/", "--config=") for flag in run.flags)
+    return shlex.join(["python", "-m", "bsce_jax.main", *flags])

@@ -23,20 +23,24 @@ _UPDATES = re.compile(r"(\d+)/\d+ updates")
 class Process:
     """A run in a process of its own, with its log."""
 
-    def __init__(self, run: Run, output: pathlib.Path, base: pathlib.Path | None):
-        """Starts it."""
+    def __init__(self, run: Run, output: pathlib.Path, base: str):
+        """Starts it; `base` names a run whose base step it takes over, or is ""."""
         self.run, self.started = run, time.monotonic()
         self.log = output / "logs" / f"{run.name}.log"
         self.log.parent.mkdir(exist_ok=True)
-        command = tables.command(run, output / "runs" / run.name, base)
+        command = tables.command(run, workdir(run.name), base and workdir(base))
+        # In the output folder, so that what a run writes names no other folder.
+        paths = [str(tables.SOURCE), os.environ.get("PYTHONPATH", "")]
         environment = {
             "JAX_COMPILATION_CACHE_DIR": str(output / "compiled"),
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
         with self.log.open("a", encoding="utf-8") as file:
             print(f"$ {shlex.join(map(str, command))}", file=file, flush=True)
             self._process = subprocess.Popen(
                 command,
+                cwd=output,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -67,6 +71,11 @@ class Process:
         """Updates done, as its newest log line says."""
         found = _UPDATES.findall(tail(self.log, 2000))
         return int(found[-1]) if found else 0
+
+
+def workdir(name: str) -> str:
+    """A run's folder in the output folder."""
+    return f"runs/{name}"
 
 
 def tail(path: pathlib.Path, size: int) -> str:
@@ -153,9 +162,8 @@ class Runner:
             base = self._base(run)
             if base == "wait":
                 continue
-            path = self._output / "runs" / base if base else None
             self.states[run.name] = "running"
-            self._active.append(Process(run, self._output, path))
+            self._active.append(Process(run, self._output, base))
             self._changed(self.states)
 
     def _base(self, run: Run) -> str:
@@ -249,8 +257,8 @@ def write_manifest(
             {
                 "name": run.name,
                 "seed": run.seed,
-                "workdir": f"runs/{run.name}",
-                "command": shlex.join(["python", "-m", "bsce_jax.main", *run.flags]),
+                "workdir": workdir(run.name),
+                "command": tables.shown_command(run),
                 "status": states.get(run.name, "to do"),
             }
             for run in cell.runs

@@ -1,0 +1,125 @@
+"""One page of a reproduction, beside the paper's numbers: HTML, Markdown and CSV.
+
+    python -m bsce_jax.report.page DIR
+
+reads DIR/manifest.json and the results of its runs and writes DIR/report.html, which
+needs no other file and no network, DIR/report.md and DIR/report.csv.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from etils import epath
+
+from bsce_jax.errors import UserError
+from bsce_jax.report import cells, results
+
+if TYPE_CHECKING:
+    from bsce_jax.report.published import Table
+
+
+class Page(NamedTuple):
+    """The same content in three forms."""
+
+    html: str
+    markdown: str
+    csv: str
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status, 2 after a user's error."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bsce_jax.report.page",
+        description="Writes report.html, report.md and report.csv of a reproduction.",
+    )
+    parser.add_argument("output", metavar="DIR", help="folder with manifest.json")
+    options = parser.parse_args(arguments)
+    try:
+        write(options.output)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(epath.Path(options.output) / "report.html")
+    return 0
+
+
+def write(output: epath.PathLike) -> None:
+    """Writes OUTPUT/report.html, report.md and report.csv, each replaced at once.
+
+    Raises:
+      UserError: there is no valid manifest, a run's results are not valid, or a file
+        cannot be written.
+    """
+    from bsce_jax.config import flatten
+    from bsce_jax.defaults import default_config
+    from bsce_jax.report import published
+
+    folder = epath.Path(output)
+    manifest = _manifest(folder / "manifest.json")
+    found = {}
+    for workdir in cells.workdirs(manifest):
+        if (folder / workdir / results.FILE_NAME).exists():
+            found[workdir] = results.read(folder / workdir)
+    page = render(manifest, found, published.load(), flatten(default_config()))
+    for name, text in zip(("html", "md", "csv"), page, strict=True):
+        _replace(folder / f"report.{name}", text)
+
+
+def render(
+    manifest: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, Any]],
+    tables: "Mapping[str, Table]",
+    defaults: Mapping[str, Any],
+) -> Page:
+    """The page, from data alone.
+
+    Args:
+      manifest: cells of the tables and their runs, as the runner writes them.
+      found: results by workdir, of the runs that have some.
+      tables: the paper's, by key.
+      defaults: of a configuration's fields, by dotted name.
+
+    Raises:
+      UserError: the manifest breaks its schema or names an unknown cell, or seeds of a
+        cell differ in their classes.
+    """
+    from bsce_jax.report import page_html, page_text, pictures  # load Matplotlib
+
+    report = cells.build(manifest, found, tables)
+    drawn: set[tuple[str, ...]] = set()
+    shown = {s.table.key: pictures.pictures(s, drawn) for s in report.sections}
+    css = resources.files(__package__).joinpath("page.css").read_text("utf-8")
+    return Page(
+        page_html.document(report, shown, defaults, css),
+        page_text.markdown(report),
+        page_text.csv_table(report),
+    )
+
+
+def _manifest(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        message = f"{path} does not exist: expected the folder of a reproduction"
+        raise UserError(message) from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+
+
+def _replace(target: epath.Path, text: str) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""What a run's results say besides accuracies: speed, machine, source, configuration.
+
+Telemetry is free in form: whatever is absent or of another type is left out.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+Results = Mapping[str, Any]
+
+
+class Facts(NamedTuple):
+    """Of one run; None and "" where the telemetry has nothing."""
+
+    images_per_second: float | None  # in training, median over the steps
+    seconds: float | None  # of wall clock, all steps
+    environment: "Environment"
+
+
+class Environment(NamedTuple):
+    """Where a run's newest step was trained."""
+
+    device: str
+    commit: str
+    versions: tuple[tuple[str, str], ...]
+
+
+class Field(NamedTuple):
+    """A field of a configuration, as text."""
+
+    name: str
+    value: str
+    default: str | None  # None where there is no such field by default
+
+
+def facts(results: Results) -> Facts:
+    """Speed and environment of a run with or without finished steps."""
+    records = [record["telemetry"] for record in results["steps"]]
+    rates = _numbers(records, "images_per_second")
+    seconds = _numbers(records, "seconds")
+    newest: Mapping[str, Any] = records[-1] if records else {}
+    versions = newest.get("versions")
+    pairs = versions.items() if isinstance(versions, Mapping) else ()
+    device = str(newest.get("device") or "")
+    count = newest.get("devices")
+    if device and isinstance(count, int) and count > 1:
+        device = f"{count} × {device}"
+    return Facts(
+        statistics.median(rates) if rates else None,
+        sum(seconds) if seconds else None,
+        Environment(
+            device,
+            str(newest.get("commit") or ""),
+            tuple((str(name), str(value)) for name, value in pairs if value),
+        ),
+    )
+
+
+def fields(
+    runs: Sequence[Results], defaults: Mapping[str, Any]
+) -> tuple[list[Field], list[Field]]:
+    """Configuration of a cell's runs: what differs from the defaults, and the rest.
+
+    A field in which the runs differ, the seed, has all their values.
+    """
+    changed: list[Field] = []
+    rest: list[Field] = []
+    names = dict.fromkeys(name for run in runs for name in run["config"])
+    for name in names:
+        values = [run["config"].get(name) for run in runs]
+        texts = list(dict.fromkeys(map(_text, values)))
+        default = _text(defaults[name]) if name in defaults else None
+        same = name in defaults and all(value == defaults[name] for value in values)
+        (rest if same else changed).append(Field(name, ", ".join(texts), default))
+    return changed, rest
+
+
+def duration(seconds: float) -> str:
+    """45 s, 12 min, 3 h 05 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    hours, left = divmod(minutes, 60)
+    return f"{hours} h {left:02} min" if hours else f"{minutes} min"
+
+
+def rate(images_per_second: float) -> str:
+    """With a thin space between thousands."""
+    return f"{images_per_second:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def short_commit(commit: str) -> str:
+    """The first ten digits, and whether the checkout was changed."""
+    digits, _, dirty = commit.partition("-")
+    return digits[:10] + (f"-{dirty}" if dirty else "")
+
+
+def _numbers(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    values = [record.get(name) for record in records]
+    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)

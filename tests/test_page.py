@@ -1,0 +1,388 @@
+"""The page of a reproduction: its numbers by hand, its HTML, Markdown and CSV."""
+
+import csv
+import html.parser
+import io
+import json
+import pathlib
+import re
+from typing import Any
+
+import pytest
+
+from bsce_jax.errors import UserError
+from bsce_jax.report import cells, page, page_html, page_text, results
+from bsce_jax.report.markup import Html, join, tag
+from bsce_jax.report.published import Column, Row, Table
+from tests import example_page
+from tests.example_page import REDUCED, cell, entry, make_run, manifest
+
+METRIC = "average_incremental_top1"
+SCRIPT = "<script>alert(1)</script>"
+VOID = {"br", "img", "link", "meta"}
+
+
+def table(key: str = "table1", label: str = "Ours & <b>theirs</b>") -> Table:
+    columns = (
+        Column("five", "CIFAR-100, 5 steps", METRIC),
+        Column("final", "CIFAR-100, last", "final_top1"),
+        Column("ten", "ImageNet, 10 steps", METRIC),
+    )
+    rows = (
+        Row("a", label, "authors' run", {"five": 60.0, "final": 50.0, "ten": None}),
+        Row("b", "B|C", "reported from the literature", {"five": 40.0, "ten": 30.0}),
+    )
+    return Table(key, "A <title>", "Someone 2022, Table 1", columns, rows)
+
+
+def small(
+    averages: tuple[float, ...] = (60.0, 61.0, 62.9), protocol: str = "full"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Manifest and results of three seeds in two cells, and of what is not done."""
+    found = {
+        f"runs/r{seed}": make_run(seed=seed, average=average, steps=2, base=4)
+        for seed, average in enumerate(averages)
+    }
+    runs = [entry(f"r{seed}", seed=seed) for seed in range(len(averages))]
+    found["runs/later"] = make_run(average=39.0, steps=2, base=4, finished=1)
+    later = [entry("later", "running"), entry("last", "to do", 1)]
+    given = [
+        cell("table1/a/five", runs),
+        cell("table1/a/final", runs),
+        cell("table1/b/five", later),
+        cell("table1/b/ten", missing=f"no {SCRIPT} here"),
+    ]
+    return manifest(given, protocol), found
+
+
+def build(**kinds: Any) -> cells.Report:
+    return cells.build(*small(**kinds), {"table1": table(), "table2": table("table2")})
+
+
+def render(**kinds: Any) -> page.Page:
+    return page.render(*small(**kinds), {"table1": table()}, {"seed": 0})
+
+
+class Tree(html.parser.HTMLParser):
+    """Checks that tags are balanced; keeps them and the text of table cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.cells: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, name: str, given: list[tuple[str, str | None]]) -> None:
+        self.tags.append((name, dict(given)))
+        assert len(dict(given)) == len(given), "an attribute twice"
+        if name not in VOID:
+            self.open.append(name)
+        if name == "td":
+            self.cells.append("")
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open.pop() == name
+
+    def handle_data(self, data: str) -> None:
+        if "td" in self.open:
+            self.cells[-1] += data
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [given for found, given in self.tags if found == name]
+
+
+# numbers
+
+
+def test_mean_deviation_and_difference_by_hand() -> None:
+    section = build().sections[0]
+    done = section.cells["a", "five"]
+    assert done.values == pytest.approx([60.0, 61.0, 62.9])
+    assert done.mean == pytest.approx(61.3)
+    assert done.deviation == pytest.approx((4.34 / 2) ** 0.5)  # 1.69 + 0.09 + 2.56
+    assert done.difference == pytest.approx(1.3)
+    assert done.state == ""
+    # The last of three evenly spaced accuracies, 14 points below their average.
+    assert section.cells["a", "final"].mean == pytest.approx(61.3 - 14.0)
+    assert section.cells["a", "final"].difference == pytest.approx(-2.7)
+
+
+def test_unfinished_runs_do_not_count() -> None:
+    waiting = build().sections[0].cells["b", "five"]
+    assert (waiting.values, waiting.mean, waiting.difference) == ([], None, None)
+    assert waiting.state == "running, to do"
+    given, found = small()
+    given["cells"][2]["runs"].append(entry("r0", seed=2))
+    section = cells.build(given, found, {"table1": table()}).sections[0]
+    some = section.cells["b", "five"]
+    assert (some.mean, some.deviation) == (pytest.approx(60.0), None)
+    assert some.state == "1 of 3 seeds"
+
+
+def test_a_manifest_cannot_call_a_run_done() -> None:
+    given, found = small()
+    del found["runs/r0"]
+    found["runs/r1"]["status"] = "running"
+    some = cells.build(given, found, {"table1": table()}).sections[0].cells["a", "five"]
+    assert some.state == "1 of 3 seeds"
+    del found["runs/r2"]
+    none = cells.build(given, found, {"table1": table()}).sections[0].cells["a", "five"]
+    assert none.state == "unfinished"
+
+
+def test_cells_and_tables_without_runs() -> None:
+    report = build()
+    assert [section.table.key for section in report.sections] == ["table1"]
+    section = report.sections[0]
+    assert section.cells["a", "ten"].state == "not asked for"
+    assert section.notes() == {"not asked for": "a", f"no {SCRIPT} here": "b"}
+    assert section.name == "Table 1"
+    assert [cells.letter(n) for n in (0, 25, 26, 27, 52)] == [
+        "a",
+        "z",
+        "aa",
+        "ab",
+        "ba",
+    ]
+    assert len(report.runs) == 5  # three of them in two cells
+
+
+@pytest.mark.parametrize(
+    ("points", "close"), [(0.0, True), (-1.0, True), (1.004, True), (1.01, False)]
+)
+def test_within_a_point_is_judged_as_shown(points: float, close: bool) -> None:
+    assert page_html.near(points) is close
+
+
+def test_summary_in_words() -> None:
+    assert page_html.summary(build()) == (
+        "2 of the 4 published numbers in these tables have a number of ours, from 3 "
+        "finished runs (of 5 planned). 0 of 2 are within 1 point of the paper's."
+    )
+    assert "within" not in page_html.summary(build(protocol=REDUCED))
+
+
+def test_columns_of_the_same_runs_share_pictures() -> None:
+    section = build().sections[0]
+    groups = [[c.key for c in group] for group in cells.column_groups(section)]
+    assert groups == [["five"], ["final"], ["ten"]]  # b/five has runs, b/final none
+    alone = cells.build(
+        manifest(small()[0]["cells"][:2]), small()[1], {"table1": table()}
+    ).sections[0]
+    groups = [[c.key for c in group] for group in cells.column_groups(alone)]
+    assert groups == [["five", "final"], ["ten"]]
+
+
+def test_a_run_in_two_rows_is_drawn_once() -> None:
+    given, found = small()
+    given["cells"][2]["runs"] = given["cells"][0]["runs"][:1]
+    section = cells.build(given, found, {"table1": table()}).sections[0]
+    named = cells.labelled(section, section.table.columns[:1])
+    labels = [row.label for row in section.table.rows]
+    assert [run["name"] for run in named] == [labels[1], labels[0], labels[0]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema 1"),
+        ({"cells": [{"row": "a"}]}, "has no 'table'"),
+        ({"cells": [cell("table1/a/five", [{"workdir": "x"}])]}, "has no 'status'"),
+        ({"cells": [3]}, "not valid"),
+        ({"cells": [cell("table9/a/five")]}, "table9/a/five is not in the paper"),
+        ({"cells": [cell("table1/z/five")]}, "table1/z/five is not in the paper"),
+    ],
+)
+def test_a_broken_manifest_is_one_clear_line(
+    change: dict[str, Any], message: str
+) -> None:
+    given = manifest([]) | change
+    with pytest.raises(UserError, match=message) as error:
+        cells.build(given, {}, {"table1": table()})
+    assert "\n" not in str(error.value)
+
+
+# HTML
+
+
+def test_markup_escapes_what_is_not_markup() -> None:
+    made = tag("a", "<&>", tag("br"), class_='"', aria_label=None, href="#x")
+    assert made == '<a class="&quot;" href="#x">&lt;&amp;&gt;<br></a>'
+    assert join("<", Html("<b></b>"), separator="&") == "&lt;&amp;<b></b>"
+
+
+def test_html_is_balanced_and_loads_nothing() -> None:
+    text = render().html
+    assert text.startswith('<!DOCTYPE html>\n<html lang="en">')
+    tree = Tree(text)
+    assert not tree.all("script") and not tree.all("link")
+    sources = [given["src"] for given in tree.all("img")]
+    assert sources and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert all(given["alt"] for given in tree.all("img"))
+    links = [given["href"] for given in tree.all("a")]
+    assert {link for link in links if not link.startswith("#")} == {page_html.PAPER}
+    assert set(re.findall(r"https?://[^\"<\s]*", text)) == {page_html.PAPER}
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style
+    identifiers = [given["id"] for _, given in tree.tags if "id" in given]
+    assert len(identifiers) == len(set(identifiers))
+    assert {link[1:] for link in links if link[0] == "#"} <= set(identifiers)
+    targets = {given.get("popovertarget") for given in tree.all("button")}
+    popovers = {given["id"] for _, given in tree.tags if "popover" in given}
+    assert targets == popovers and len(popovers) == 3
+
+
+def test_cells_show_what_was_computed() -> None:
+    found = Tree(render().html).cells
+    assert "61.30 ± 1.47; paper 60.00 ▲ +1.30, beyond a point3 seeds" in found
+    assert (
+        "47.30 ± 1.47; paper 50.00 ▼ \N{MINUS SIGN}2.70, beyond a point3 seeds" in found
+    )
+    assert "running, to do; paper 40.00" in found
+    assert "–b; paper 30.00" in found
+    assert "–a" in found  # neither ours nor the paper's
+    close = Tree(render(averages=(60.5,)).html).cells
+    assert "60.50; paper 60.00 ≈ +0.50, within a point1 seed" in close
+
+
+def test_a_cell_opens_its_command_and_configuration() -> None:
+    text = render().html
+    start = text.index('id="table1-cell-0-0" popover')
+    shown = text[start : text.index("</section>", start)]
+    assert re.sub("<[^>]*>", "", shown).count("python -m bsce_jax.main --config") >= 3
+    assert "seed</code></th><td><code>0, 1, 2</code></td><td><code>0</code>" in shown
+    assert 'popovertargetaction="hide"' in shown
+    assert "1 step so far" not in shown and "2 steps so far" in shown
+
+
+def test_whatever_is_in_a_name_is_only_text() -> None:
+    given, found = small()
+    for item in given["cells"]:
+        for run in item["runs"]:
+            run["name"] = run["command"] = SCRIPT
+    given["protocol"] = f"reduced: {SCRIPT}"
+    for run in found.values():
+        run["name"] = SCRIPT
+        run["config"][SCRIPT] = f'"{SCRIPT}'
+        run["steps"][-1]["telemetry"]["device"] = SCRIPT
+        run["steps"][-1]["telemetry"]["commit"] = SCRIPT
+        run["steps"][-1]["telemetry"]["versions"] = {SCRIPT: SCRIPT}
+    tables = {"table1": table(label=f'"{SCRIPT}')}
+    made = page.render(given, found, tables, {SCRIPT: ""})
+    assert not Tree(made.html).all("script") and "<title>" in made.html
+    assert SCRIPT not in made.html
+    outside = re.sub(r"^    .*$", "", made.markdown, flags=re.MULTILINE)
+    assert not re.search(r"(?<!\\)<(?!br>)", outside)  # commands are a code block
+
+
+def test_a_reduced_protocol_is_said_first_and_nothing_is_judged() -> None:
+    full, reduced = render(), render(protocol=REDUCED)
+    assert "Not comparable" not in full.html + full.markdown
+    for text in (reduced.html, reduced.markdown):
+        assert REDUCED in text and "Not comparable with the paper" in text
+        assert text.index(REDUCED) < text.index("Table 1")
+        assert "≈" not in text and "≠" not in text and "▲" not in text
+    assert "61.30 ± 1.47; paper 60.00 +1.303 seeds" in Tree(reduced.html).cells
+
+
+def test_nothing_done_yet_is_a_page_too() -> None:
+    given, _ = small()
+    made = page.render(given, {}, {"table1": table()}, {})
+    assert not Tree(made.html).all("img")
+    assert "Known as soon as a run has started." in made.html
+
+
+# CSV and Markdown
+
+
+def test_csv_parses_back() -> None:
+    report = build(protocol=REDUCED)
+    rows = list(csv.DictReader(io.StringIO(page_text.csv_table(report))))
+    assert len(rows) == 6
+    found = {(row["row"], row["column"]): row for row in rows}
+    assert list(rows[0]) == list(page_text.CSV_FIELDS)
+    done = found["a", "five"]
+    numbers = [float(done[key]) for key in ("paper", "ours", "difference", "deviation")]
+    assert numbers == pytest.approx([60.0, 61.3, 1.3, 2.17**0.5], abs=1e-4)
+    assert (done["seeds_done"], done["seeds_planned"], done["state"]) == ("3", "3", "")
+    assert done["runs"] == "r0 r1 r2" and done["protocol"] == REDUCED
+    assert done["row_label"] == table().rows[0].label
+    assert found["b", "ten"]["state"] == f"no {SCRIPT} here"
+    assert found["b", "ten"]["ours"] == found["a", "ten"]["paper"] == ""
+
+
+def test_markdown_tables_have_as_many_columns_in_every_row() -> None:
+    text = page_text.markdown(build())
+    blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        counts = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(counts) == 1
+    assert "**61.30** ± 1.47 (3 seeds)<br>paper 60.00, ≠ +1.30" in text
+    assert "not run [b]<br>paper 30.00" in text
+    assert r"* [b] no \<script\>alert(1)\</script\> here" in text
+    assert r"| B\|C (reported) |" in text
+    assert "    python -m bsce_jax.main --config" in text
+
+
+# files
+
+
+def test_the_command_writes_three_files(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(steps=2, base=4, average=63.0)
+    (tmp_path / "runs/r").mkdir(parents=True)
+    results.write(tmp_path / "runs/r", run)
+    given = manifest([cell("table6/balanced/average", [entry("r")])])
+    (tmp_path / "manifest.json").write_text(json.dumps(given))
+    assert page.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'report.html'}\n"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"manifest.json", "runs", "report.html", "report.md", "report.csv"}
+    found = Tree((tmp_path / "report.html").read_text(encoding="utf-8")).cells
+    assert "63.00; paper 62.22 ≈ +0.78, within a point1 seed" in found
+    first = (tmp_path / "report.html").read_bytes()
+    page.write(tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("other", "", "does not exist: expected the folder of a reproduction"),
+        ("manifest.json", "{", "is not JSON"),
+        ("manifest.json", "[]", "expected an object of schema 1"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    message: str,
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert page.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+
+
+def test_sweeps_and_pictures_of_the_papers_tables(tmp_path: pathlib.Path) -> None:
+    example_page.write_example(tmp_path)
+    page.write(tmp_path)
+    tree = Tree((tmp_path / "report.html").read_text(encoding="utf-8"))
+    texts = [given["alt"] or "" for given in tree.all("img")]
+    assert len(texts) == 16
+    assert sum(text.startswith("Top-1 accuracy after each step") for text in texts) == 4
+    assert sum(text.startswith("True against predicted") for text in texts) == 5
+    assert sum(text.startswith("Alpha over the updates") for text in texts) == 5
+    alpha = next(text for text in texts if text.startswith("alpha = 0.1, "))
+    assert "alpha = 0.25, 5 steps, average: 64." in alpha and "(paper 64.09 %)" in alpha
+    epsilon = next(text for text in texts if "ε = 0.2 %" in text)
+    assert "PODNet" not in epsilon
+    assert (tmp_path / "report.html").stat().st_size < 3e6
