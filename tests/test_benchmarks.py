@@ -1,27 +1,36 @@
 """The benchmark scripts run, at tiny sizes; their numbers mean nothing here."""
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import time
 import types
 
+import numpy as np
 import pytest
 
-from bsce_jax import main
-from bsce_jax.config import resolve
+from bsce_jax.reproduce import __main__ as reproduce
 from tests.runs import ROOT
 
 FOLDER = ROOT / "benchmarks"
+PRIORS = ("none", "balanced")
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if name != "XLA_FLAGS"},
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
 }
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark script by name; they import one another."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
 
 
 def run(script: str, *flags: str) -> str:
@@ -58,53 +67,105 @@ def test_loop_on_cpu():
     assert found["ratio"] > 0
 
 
+@pytest.mark.slow
+def test_seeds_at_once():
+    found = json.loads(run("seeds_at_once.py"))["results"]
+    assert [result["seeds"] for result in found] == [1, 2]
+    assert all(result["ratio"] > 0 for result in found)
+
+
+CASES = [("podnet", "none")]
+SLOW_CASES = [
+    ("podnet", "balanced"),
+    *((method, prior) for method in ("il_baseline", "lucir") for prior in PRIORS),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "prior"),
+    CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES],
+)
+def test_rivals_compute_the_same(load, monkeypatch, method, prior):
+    pytest.importorskip("torch")
+    check, rivals, calls = load("check_rivals"), load("torch_rivals"), []
+    losses = rivals.losses
+    monkeypatch.setattr(rivals, "losses", lambda *a: calls.append(a) or losses(*a))
+    ours, theirs = check.both_losses(method, prior, load("problem").REDUCED)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4)
+    # Each term counts, so that the comparison can fail.
+    ((spec, *rest),) = calls
+    for name, term in spec["terms"].items():
+        changed = {name: {**term, "weight": 1.1 * term["weight"]}}
+        other = losses({**spec, "terms": spec["terms"] | changed}, *rest)
+        assert abs(other[0] / ours[0] - 1) > 1e-3, name
+
+
+@pytest.mark.slow
+def test_speed(tmp_path):
+    output = tmp_path / "speed.json"
+    traces = tmp_path / "traces"
+    flags = ["--profile", str(traces), "--updates_per_call", "5"]
+    flags += ["--tflops", "float32=1", "--bandwidth", "1", "--output", str(output)]
+    run("speed.py", *flags)
+    (result,) = json.loads(output.read_text())["results"]
+    assert list(result["priors"]) == ["none", "balanced", "meta"]
+    for facts in result["priors"].values():
+        for name in ("train", "epoch", "evaluate", "herding"):
+            assert facts[name]["per_s"] > 0
+        assert facts["temp_bytes"] > 0 and facts["updates_per_call"] in (5, 10)
+    none = result["priors"]["none"]
+    assert 0 < none["share_of_floor"] < 1
+    if result["torch"]:
+        assert none["train"]["ratio"]["eager"] > 0
+        assert none["epoch"]["ratio"]["loader"] > 0
+    assert result["seconds_to_first_update"]["warm"] > 0
+    assert len(result["hottest"]) == 10 and list(traces.rglob("*.xplane.pb"))
+
+
+def test_speed_without_torch_and_its_table(load):
+    flags = ["--no-startup", "--rivals", "--priors", "none", "balanced"]
+    found = json.loads(run("speed.py", *flags))["results"]
+    (result,) = found
+    assert result["torch"] is None and result["priors"]["none"]["train"]["ratio"] == {}
+    assert set(result["more_time_percent"]) == {"balanced over none"}
+    compiled = [facts["compile_s"] for facts in result["priors"].values()]
+    assert compiled[0].keys() == compiled[1].keys() >= {"incremental_update", "herd"}
+    lines = load("speed_table").markdown(found).splitlines()
+    assert [line.count("|") for line in lines[:4]] == [14] * 4
+
+
 @pytest.fixture
-def gpu(monkeypatch) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu", FOLDER / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu", module)  # dataclasses look it up
-    spec.loader.exec_module(module)
+def gpu(load, monkeypatch) -> types.ModuleType:
+    module = load("gpu")
     monkeypatch.setattr(module, "GRACE", 0.5)
     return module
 
 
-def test_gpu_commands_are_valid(gpu, monkeypatch, tmp_path):
-    flags = ["gpu.py", f"--output={tmp_path}", "--updates_per_call=20"]
-    base = tmp_path / "runs" / "balanced"
-    base.mkdir(parents=True)
-    (base / "results.json").write_text('{"steps": [{}]}')
-    for extra in ([], ["--reduced"]):
-        monkeypatch.setattr(sys, "argv", flags + extra)
-        tasks = {task.name: task for task in gpu.tasks(gpu.parse())}
-        for stage in gpu.STAGES:
-            assert any(task.stage == stage for task in tasks.values())
-        runs = {name: t for name, t in tasks.items() if "bsce_jax.main" in t.command}
-        configs = {}
-        for name, task in runs.items():
-            arguments = task.command[task.command.index("bsce_jax.main") :]
-            config, workdir = main.parse(arguments)
-            configs[name] = resolve(config)
-            assert task.result == pathlib.Path(workdir) / "results.json"
-        assert configs["none"].init_from == configs["meta_run"].init_from == str(base)
-        assert configs["balanced"].init_from == ""
-        assert configs["none"].model.dtype == "bfloat16"
-        assert configs["speed-bsce_jax-float32-20"].model.dtype == "float32"
-        assert {config.updates_per_call for config in configs.values()} == {20}
-        if not extra:
-            meta = configs["meta_run"]
-            assert meta.prior == "meta" and meta.scenario.steps == 5
-            assert meta.optim.epochs == meta.optim.base_epochs == 250
-            relaxed = configs["podnet0_relaxed"]
-            assert (relaxed.method, relaxed.memory.kind) == ("podnet", "none")
-            assert relaxed.epsilon == 1.0 and relaxed.init_from == ""
-
-
-@pytest.mark.slow
-def test_torch(tmp_path):
-    pytest.importorskip("torch")
-    output = tmp_path / "torch.json"
-    run("gpu.py", "--torch=bfloat16", f"--output={output}")
-    assert json.loads(output.read_text())["images_per_s"] > 0
+@pytest.mark.parametrize("extra", [[], ["--reduced"]])
+def test_gpu_commands_are_valid(gpu, load, monkeypatch, tmp_path, extra):
+    flags = ["gpu.py", f"--output={tmp_path}", "--updates_per_call=20", *extra]
+    monkeypatch.setattr(sys, "argv", [*flags, "--limit_seconds=600"])
+    tasks = list(gpu.tasks(gpu.parse(), time.monotonic() + 570))
+    assert {task.stage for task in tasks} == set(gpu.STAGES)
+    assert len({task.name for task in tasks}) == len(tasks)
+    for task in tasks:
+        if task.stage != "runs":
+            script = pathlib.Path(task.command[1])
+            monkeypatch.setattr(sys, "argv", task.command[1:])
+            options = load(script.stem).parse()
+            assert options.output == str(task.result)
+            assert options.reduced == bool(extra)
+    arguments = tasks[-1].command[3:]
+    options = reproduce.parse(arguments)
+    chosen = reproduce.choose(options)
+    assert chosen.overrides == ("--config.updates_per_call=20",)
+    assert 565 <= options.limit_seconds <= 570
+    assert tasks[-1].result == options.output / "manifest.json"
+    if extra:
+        assert reproduce.main([*arguments, "--dry_run"]) == 0
+    else:
+        assert chosen.tables == ("table1", "table3")
+        assert (chosen.dataset, chosen.columns) == ("cifar100", ("cifar100-5",))
 
 
 WORK = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('{\"x\": 1}')"
@@ -122,7 +183,7 @@ result.write_text("{}")
 def all_tasks(gpu, monkeypatch, folder, codes, limit=0.0):
     """Runs tasks of the given Python codes; the summary on the disk."""
 
-    def tasks(options):
+    def tasks(options, deadline):
         for name, code in codes.items():
             result = folder / f"{name}.json"
             command = [sys.executable, "-c", code, str(result)]
@@ -164,11 +225,29 @@ def test_gpu_ends_at_the_limit_and_continues(gpu, monkeypatch, tmp_path):
     assert second["long"]["seconds"] >= first["long"]["seconds"]
 
 
+def test_gpu_runs_with_something_left_are_not_done(gpu, monkeypatch, tmp_path):
+    manifest = tmp_path / "manifest.json"
+    run = {"name": "a", "workdir": "runs/a", "status": "to do"}
+    text = json.dumps({"cells": [{"runs": [run]}]})
+    code = f"import sys, pathlib; pathlib.Path({str(manifest)!r}).write_text({text!r})"
+    summary = {}
+    for status, expected in ((3, "unfinished"), (1, "failed"), (0, "done")):
+        command = [sys.executable, "-c", f"{code}; print('end'); sys.exit({status})"]
+        task = gpu.Task("runs", "runs", command, manifest)
+        monkeypatch.setattr(gpu, "tasks", lambda *_, task=task: [task])
+        options = argparse.Namespace(output=tmp_path, limit_seconds=0, reduced=True)
+        summary = summary or {"reduced": True, "commands": ["test"], "tasks": {}}
+        gpu.run_all(options, summary)
+        assert summary["tasks"]["runs"]["status"] == expected
+    assert summary["tasks"]["runs"]["result"]["a"]["steps"] == 0
+    assert "| a | to do |" in (tmp_path / "summary.md").read_text()
+
+
 @pytest.mark.slow
 def test_gpu_in_whole(tmp_path):
     run("gpu.py", f"--output={tmp_path}")
     found = json.loads((tmp_path / "summary.json").read_text())["tasks"]
-    assert {task["status"] for task in found.values()} <= {"done", "skipped"}
-    base_steps = [found[name]["result"]["base_step"] for name in ("none", "meta_run")]
-    assert base_steps == ["own", "taken over"]
-    assert "| meta_run |" in (tmp_path / "summary.md").read_text()
+    assert {task["status"] for task in found.values()} == {"done"}
+    runs = found["runs"]["result"].values()
+    assert len(runs) == 2 and {run["steps"] for run in runs} == {2}
+    assert "| done | 2 |" in (tmp_path / "summary.md").read_text()

@@ -185,7 +185,7 @@ def scripted(monkeypatch, tmp_path):
         (tmp_path / "runs").mkdir(exist_ok=True)
         shown, states = [], []
         made = runner.Runner(
-            all_runs, tmp_path, jobs, shown.append, lambda s: states.append(dict(s))
+            all_runs, tmp_path, jobs, shown.append, lambda s, _: states.append(dict(s))
         )
         return made, shown, states
 

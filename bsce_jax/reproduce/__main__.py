@@ -12,13 +12,15 @@ from bsce_jax.errors import UserError
 from bsce_jax.reproduce import cells as tables
 from bsce_jax.reproduce import runner
 
+PAGE_SECONDS = 300.0  # least time between two versions of the report
 EPILOG = """examples:
   python -m bsce_jax.reproduce --table 1 --dataset cifar100 --seeds 3
   python -m bsce_jax.reproduce --table 5 6 --rows il_baseline balanced --dry_run
   python -m bsce_jax.reproduce --table 1 --dataset cifar100 --shard 2/4
 
 The same command again skips what is done and continues the rest. report.html,
-report.md and report.csv in the output folder are rewritten when a run ends."""
+report.md and report.csv in the output folder are rewritten at least every few minutes
+while runs end, and at the end."""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -130,11 +132,17 @@ def reproduce(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UserError(f"--output={options.output} cannot be made: {error}") from None
 
-    def changed(states: dict[str, str]) -> None:
+    written = -float("inf")
+
+    def changed(states: dict[str, str], last: bool) -> None:
+        nonlocal written
         others = {r.name: runner.state(output, r) for r in runs if r.name not in states}
         everything = {**others, **states}
         runner.write_manifest(output, protocol(chosen), found, everything)
-        page.write(output)
+        # Drawing takes seconds: not after every run of many short ones.
+        if last or time.monotonic() - written > PAGE_SECONDS:
+            page.write(output)
+            written = time.monotonic()
 
     work = runner.Runner(mine, output, options.jobs, _show, changed)
     limit = options.limit_seconds

@@ -95,7 +95,7 @@ class Runner:
         output: pathlib.Path,
         jobs: int,
         show: Callable[[str], None],
-        changed: Callable[[dict[str, str]], None],
+        changed: Callable[[dict[str, str], bool], None],
     ) -> None:
         """Looks at what is done already.
 
@@ -104,7 +104,8 @@ class Runner:
           output: folder of all runs.
           jobs: runs at once.
           show: takes a line of progress.
-          changed: takes the runs' states whenever one ends.
+          changed: takes the runs' states when one starts or ends, and whether that is
+            the last time.
         """
         self._runs, self._output, self._jobs = runs, output, jobs
         self._show, self._changed = show, changed
@@ -130,7 +131,7 @@ class Runner:
                 process.stop()
                 self._judge(process)
             self._active = []
-            self._changed(self.states)
+            self._changed(self.states, True)
 
     def _collect(self) -> None:
         for process in [process for process in self._active if process.ended()]:
@@ -138,7 +139,7 @@ class Runner:
             process.stop()
             self._judge(process)
             self._show(f"{process.run.name}: {self.states[process.run.name]}")
-            self._changed(self.states)
+            self._changed(self.states, False)
 
     def _judge(self, process: Process) -> None:
         name = process.run.name
@@ -164,7 +165,7 @@ class Runner:
                 continue
             self.states[run.name] = "running"
             self._active.append(Process(run, self._output, base))
-            self._changed(self.states)
+            self._changed(self.states, False)
 
     def _base(self, run: Run) -> str:
         """A run whose base step can be taken over, "" for its own, or "wait"."""
