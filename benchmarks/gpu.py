@@ -56,8 +56,8 @@ class Task(NamedTuple):
 
 def tasks(options: argparse.Namespace, deadline: float) -> Iterator[Task]:
     """The tasks of the chosen stages, each made when those before it have ended."""
-    methods = METHODS[:1] if options.reduced else METHODS
-    pairs = [(method, dtype) for method in methods for dtype in DTYPES]
+    pairs = [(method, dtype) for method in METHODS for dtype in DTYPES]
+    pairs = pairs[:1] if options.reduced else pairs
     for method, dtype in pairs if "speed" in options.stages else ():
         flags = ["--methods", method, "--dtypes", dtype, "--tflops", *options.tflops]
         flags += ["--bandwidth", str(options.bandwidth)]

@@ -177,10 +177,9 @@ def compile_program(
     start = time.perf_counter()
     jitted = jax.jit(function, donate_argnums=0 if trains else ())
     compiled = jitted.lower(*arguments).compile()
-    facts = {
-        "compile_s": round(time.perf_counter() - start, 1),
-        "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
-    }
+    seconds = time.perf_counter() - start
+    used: Any = compiled.memory_analysis()
+    facts = {"compile_s": round(seconds, 1), "temp_bytes": used.temp_size_in_bytes}
     state = jax.tree.map(jnp.copy, arguments[0])
 
     def run() -> None:

@@ -102,7 +102,7 @@ def torch_step(options: argparse.Namespace) -> Callable[[], float]:
             self.norm1 = nn.BatchNorm2d(features)
             self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
             self.norm2 = nn.BatchNorm2d(features)
-            self.shortcut = nn.Identity()
+            self.shortcut: nn.Module = nn.Identity()
             if stride == 2:
                 self.shortcut = nn.Sequential(
                     nn.Conv2d(inputs, features, 1, 2, bias=False),
@@ -117,7 +117,8 @@ def torch_step(options: argparse.Namespace) -> Callable[[], float]:
     widths = [16] + [16] * 5 + [32] * 5 + [64] * 5
     layers += [Block(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES)]
-    network = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    network: Any = nn.Sequential(*layers)
+    network.to(memory_format=torch.channels_last)
     optimiser = torch.optim.SGD(
         network.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY
     )

@@ -58,6 +58,7 @@ def test_meta_gradient():
     assert result["alpha_and_train_step"]["ms_min"] > 0
 
 
+@pytest.mark.slow
 def test_loop_on_cpu():
     found = json.loads(run("loop_on_cpu.py"))
     assert (found["host"]["updates_per_call"], found["loop"]["updates_per_call"]) == (
@@ -86,17 +87,18 @@ SLOW_CASES = [
     CASES + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES],
 )
 def test_rivals_compute_the_same(load, monkeypatch, method, prior):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
     check, rivals, calls = load("check_rivals"), load("torch_rivals"), []
     losses = rivals.losses
     monkeypatch.setattr(rivals, "losses", lambda *a: calls.append(a) or losses(*a))
     ours, theirs = check.both_losses(method, prior, load("problem").REDUCED)
     np.testing.assert_allclose(theirs, ours, rtol=1e-4)
     # Each term counts, so that the comparison can fail.
-    ((spec, *rest),) = calls
+    ((spec, *rest, _),) = calls
     for name, term in spec["terms"].items():
         changed = {name: {**term, "weight": 1.1 * term["weight"]}}
-        other = losses({**spec, "terms": spec["terms"] | changed}, *rest)
+        other = losses({**spec, "terms": spec["terms"] | changed}, *rest, 1)
         assert abs(other[0] / ours[0] - 1) > 1e-3, name
 
 
@@ -132,6 +134,20 @@ def test_speed_without_torch_and_its_table(load):
     assert compiled[0].keys() == compiled[1].keys() >= {"incremental_update", "herd"}
     lines = load("speed_table").markdown(found).splitlines()
     assert [line.count("|") for line in lines[:4]] == [14] * 4
+
+
+HLO = """
+ENTRY %main {
+  %a = bf16[2,3]{1,0} parameter(0)
+  %b.1 = f32[4]{0} parameter(1)
+  %call = (bf16[2,2]{1,0}, u8[99]{0}) custom-call(%a, %b.1), custom_call_target="conv"
+  ROOT %sum = f32[4]{0} add(%b.1, %b.1)
+}
+"""
+
+
+def test_bytes_of_library_calls(load):
+    assert load("cost").library_bytes(HLO) == 2 * 6 + 4 * 4 + 2 * 4
 
 
 @pytest.fixture

@@ -1,0 +1,123 @@
+"""Whether one device trains several seeds faster at once than one after another.
+
+The incremental step of problem.py, vmapped over S networks, each with its own teacher,
+batches and random numbers, against S calls of the plain program. Prints JSON: images/s
+of all S together, and `ratio`, at once over one after another (more than 1: it pays).
+
+    python benchmarks/seeds_at_once.py [--method lucir] --output seeds.json
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import meta_gradient
+import numpy as np
+import problem
+
+from bsce_jax import programs as compiled
+from bsce_jax import training, updates
+from bsce_jax.state import PyTree
+
+REDUCED = {"seeds": [1, 2], "updates": 2, "repeats": 2}
+
+
+def arguments(p: problem.Problem, seed: int, count: int) -> tuple[PyTree, ...]:
+    """State, context, data, count, schedule and rows of `count` updates of a seed."""
+    plan = dataclasses.replace(p.plan, seed=seed)
+    echo = dataclasses.replace(p.programs, incremental_update=lambda *given: given)
+    return training.call(echo, p.progress.state, p.context, p.run.train, plan, 0, count)
+
+
+def contestant(
+    update: Any, given: list[tuple[PyTree, ...]], calls: int
+) -> Callable[[], None]:
+    """What makes `calls` calls of a compiled update for each of `given`, and waits."""
+    states = [jax.tree.map(jnp.copy, state) for state, *_ in given]
+
+    def run() -> None:
+        for _ in range(calls):
+            for i, (_, *rest) in enumerate(given):
+                states[i], _ = update(states[i], *rest)
+        jax.block_until_ready(states)
+
+    return run
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compiles and times both ways for each number of seeds."""
+    p = problem.make(options.method, options.prior, options.dtype, options.sizes)
+    count = min(p.programs.updates_per_call, options.updates)
+    calls = options.updates // count
+    update = updates.make_train_update(
+        compiled.main_program(p.run.config, p.programs.model)
+    )
+    each = [arguments(p, seed, count) for seed in range(max(options.seeds))]
+    plain = jax.jit(update, donate_argnums=0).lower(*each[0]).compile()
+    axes = (0, 0, None, None, 0, 0)  # one data set, and as many updates for all
+    vmapped = jax.jit(jax.vmap(update, axes), donate_argnums=0)
+    runs, facts = {}, {}
+    for seeds in options.seeds:
+        stacked = tuple(
+            parts[0] if axis is None else jax.tree.map(lambda *x: jnp.stack(x), *parts)
+            for axis, parts in zip(axes, zip(*each[:seeds], strict=True), strict=True)
+        )
+        start = time.perf_counter()
+        at_once = vmapped.lower(*stacked).compile()
+        seconds = time.perf_counter() - start
+        used: Any = at_once.memory_analysis()
+        facts[seeds] = {
+            "at_once_compile_s": round(seconds, 1),
+            "at_once_temp_mib": round(used.temp_size_in_bytes / 2**20, 1),
+        }
+        runs[f"in_turn/{seeds}"] = contestant(plain, each[:seeds], calls)
+        runs[f"at_once/{seeds}"] = contestant(at_once, [stacked], calls)
+    times = meta_gradient.interleaved(runs, options.repeats)
+    images, found = count * calls * p.plan.batch_size, []
+    for seeds in options.seeds:
+        turn, once = (times[f"{name}/{seeds}"][:, 0] for name in ("in_turn", "at_once"))
+        rates = [1e3 * images * seeds / np.median(ms) for ms in (turn, once)]
+        found.append(
+            {
+                "seeds": seeds,
+                "in_turn_images_per_s": round(rates[0], 1),
+                "at_once_images_per_s": round(rates[1], 1),
+                "ratio": round(np.median(turn / once), 3),
+                **facts[seeds],
+            }
+        )
+    return found
+
+
+def parse() -> argparse.Namespace:
+    """Reads the flags; fills in what depends on the device."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--method", default="il_baseline")
+    add("--prior", default="balanced", help="any but meta")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"))
+    add("--seeds", type=int, nargs="+", default=[1, 2, 4, 8])
+    add("--updates", type=int, default=0, help="in a round; 0: 2 on CPU, else 100")
+    add("--repeats", type=int, default=5, help="rounds")
+    add("--reduced", action="store_true", help="tiny sizes")
+    add("--output", help="file for the JSON; else standard output")
+    options = meta_gradient.parse_reducible(parser, REDUCED)
+    on_cpu = jax.default_backend() == "cpu"
+    options.updates = options.updates or (2 if on_cpu else 100)
+    options.sizes = problem.sizes(options.reduced)
+    return options
+
+
+def main() -> None:
+    """Measures, prints or writes JSON."""
+    options = parse()
+    result = {"benchmark": "several seeds at once", "results": measure(options)}
+    meta_gradient.report(result, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Speed of every method and prior against PyTorch, and against the device's limits.
+
+The first incremental step of CIFAR-100 B50 (problem.py), with the package's own
+programs and loops, data resident. Rounds of everything that is compared follow one
+another, every other one in reverse, and each number is the median over the rounds:
+
+    train      images/s of consecutive updates (with Meta one of alpha in ten)
+    epoch      images/s of a whole epoch, planning and metrics included
+    evaluate   images/s of predictions on the test images of the classes seen
+    herding    classes/s, features included
+
+Rivals in PyTorch (torch_rivals.py), same network and losses, of the method's first
+prior: `eager`, `compile-default`, `compile-reduce-overhead` (CUDA), `loader` (its usual
+data path, against `epoch`), `evaluate`, `herding`. A ratio is our speed over theirs.
+
+    python benchmarks/speed.py --output speed.json --markdown
+    python benchmarks/speed.py --check               # do both compute the same?
+    python benchmarks/speed.py --methods podnet --dtypes bfloat16 --profile traces
+
+The floor of an update is the longer of FLOPs / --tflops and bytes / --bandwidth, the
+bytes being those of XLA's program (Compiled.cost_analysis), or null without these
+flags; on an H100 SXM: bfloat16 989, float32 (TF32) 494 TFLOP/s, 3.35 TB/s.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import itertools
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import cost
+import jax
+import meta_gradient
+import numpy as np
+import problem
+import profiles
+import speed_table
+import startup_time
+from problem import Contestant, Problem
+from rival_process import RivalError, Rivals
+
+from bsce_jax import evaluate, memory, training
+
+PRIORS = {
+    "il_baseline": ("none", "balanced", "meta"),
+    "lucir": ("none", "balanced"),
+    "podnet": ("none", "balanced"),
+}
+# What each of ours is compared with.
+AGAINST = {
+    "train": ("eager", "compile-default", "compile-reduce-overhead"),
+    "epoch": ("eager", "compile-default", "compile-reduce-overhead", "loader"),
+    "evaluate": ("evaluate",),
+    "herding": ("herding",),
+}
+REDUCED = {
+    "updates": 10,
+    "rounds": 2,
+    "methods": ["il_baseline"],
+    "dtypes": ["float32"],
+    "rivals": ["eager", "loader", "evaluate", "herding"],
+}
+
+
+def contestants(p: Problem, updates: int) -> dict[str, Contestant]:
+    """What is timed of a method and prior, by the names of AGAINST."""
+    run, context, seen = p.run, p.context, p.data.num_seen
+    config, programs, source = run.config, run.programs, run.dataset
+    batch = config.evaluation.batch_size
+    one_epoch = dataclasses.replace(p.plan, epochs=1)
+    test = np.flatnonzero(source.test_labels < seen)
+    new = [np.flatnonzero(source.train_labels == c) for c in source.groups[1]]
+    first = 0
+
+    def train() -> float:
+        nonlocal first
+        first = 0 if first + updates > p.plan.updates else first
+        images = problem.images_of(p.plan, first, updates)
+        for done in range(0, updates, programs.updates_per_call):
+            count = min(programs.updates_per_call, updates - done)
+            p.progress.state, _ = training.call(
+                programs,
+                p.progress.state,
+                context,
+                run.train,
+                p.plan,
+                first + done,
+                count,
+            )
+        first += updates
+        jax.block_until_ready(p.progress.state)
+        return images
+
+    def epoch() -> float:
+        p.progress.state = training.fit(
+            programs,
+            p.progress.state,
+            context,
+            run.train,
+            one_epoch,
+            training.History(),
+            after_call=lambda history, images: False,
+            save=lambda state, history: None,
+            stop=lambda: False,
+        )
+        jax.block_until_ready(p.progress.state)
+        return len(one_epoch.train)
+
+    def predict() -> float:
+        network = p.progress.state.params, p.progress.state.batch_stats
+        evaluate.predict(programs, *network, context.seen, run.test, test, batch)
+        return len(test)
+
+    def herd() -> float:
+        evaluate.select_exemplars(
+            programs,
+            p.progress.state.params,
+            p.progress.state.batch_stats,
+            run.train,
+            new,
+            "herding",
+            config.memory.per_class,
+            config.memory.per_class,
+            len(new[0]),
+            batch,
+            np.random.default_rng(0),
+        )
+        return len(new)
+
+    found = {"train": train, "epoch": epoch, "evaluate": predict, "herding": herd}
+    return {name: timed(function) for name, function in found.items()}
+
+
+def timed(function: Callable[[], float]) -> Contestant:
+    """A contestant, of a function that waits and returns how much it has done."""
+
+    def round_() -> tuple[float, float]:
+        start = time.perf_counter()
+        amount = function()
+        return time.perf_counter() - start, amount
+
+    return round_
+
+
+def measure(method: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything of a method and type, its priors and rivals in turn."""
+    problems, runs, found = {}, {}, {}
+    for prior in options.priors or PRIORS[method]:
+        p = problems[prior] = problem.make(
+            method, prior, dtype, options.sizes, options.updates_per_call
+        )
+        problem.compile_all(p)
+        for name, contestant in contestants(p, options.updates).items():
+            contestant()
+            runs[f"{prior}/{name}"] = contestant
+        found[prior] = facts(p, options)
+    first, rivals = next(iter(problems.values())), None
+    if options.rivals and importlib.util.find_spec("torch"):
+        rivals = Rivals(problem.rival_spec(first, max(5, options.updates // 10)))
+        for name in options.rivals:
+            runs[f"torch/{name}"] = rivals.contestant(name)
+    rates = interleaved(runs, options.rounds)
+    for prior, known in found.items():
+        known |= compared(prior, rates)
+        if known["floor_s"]:
+            update = problems[prior].plan.batch_size / known["train"]["per_s"]
+            known["share_of_floor"] = short(known["floor_s"] / update)
+    device = jax.devices()[0].memory_stats() or {}
+    result = {
+        "method": method,
+        "dtype": dtype,
+        "priors": found,
+        "more_time_percent": overheads(rates),
+        "device_peak_bytes": device.get("peak_bytes_in_use"),
+        "torch": rivals and rivals.close(rates),
+    }
+    if options.startup:
+        result["seconds_to_first_update"] = startup_time.startup(
+            method, dtype, options.sizes
+        )
+    if options.profile:
+        result["hottest"] = profile(first, method, dtype, options)
+    return result
+
+
+def compared(prior: str, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A prior's rates, and their ratios to those of the rivals there are."""
+    found = {}
+    for name, others in AGAINST.items():
+        own = rates[f"{prior}/{name}"]
+        ratio = {
+            other: short(np.median(own / rates[f"torch/{other}"]))
+            for other in others
+            if f"torch/{other}" in rates
+        }
+        found[name] = {
+            "per_s": short(np.median(own)),
+            "rounds": [short(rate) for rate in own],
+            "ratio": ratio,
+        }
+    return found
+
+
+def interleaved(runs: dict[str, Contestant], rounds: int) -> dict[str, np.ndarray]:
+    """Rates [rounds] of all; without those that fail, which say so themselves."""
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in list(runs)[:: -1 if number % 2 else 1]:
+            try:
+                seconds, amount = runs[name]()
+            except RivalError as error:
+                print(f"{name}: {error}", file=sys.stderr)
+                del runs[name], rates[name]
+                continue
+            rates[name].append(amount / seconds)
+    return {name: np.array(values) for name, values in rates.items()}
+
+
+def overheads(rates: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """More time of an update in percent, between the priors: median, least, most."""
+    found = {}
+    for prior, unit in (("balanced", "none"), ("meta", "balanced")):
+        if f"{prior}/train" in rates and f"{unit}/train" in rates:
+            more = 100 * (rates[f"{unit}/train"] / rates[f"{prior}/train"] - 1)
+            summary = {
+                "median": np.median(more),
+                "least": more.min(),
+                "most": more.max(),
+            }
+            found[f"{prior} over {unit}"] = {k: round(v, 2) for k, v in summary.items()}
+    return found
+
+
+def facts(p: Problem, options: argparse.Namespace) -> dict[str, Any]:
+    """Compile times, memory, FLOPs and bytes of the programs of a problem."""
+    programs = problem.programs_of(p.programs)
+    seconds = {name: round(f.seconds, 2) for name, f in programs.items()}
+    # jit keeps what it has compiled, so this one is compiled again.
+    images, size = p.run.dataset.images_per_class.max(), p.programs.model.widths[-1]
+    shapes = [((images, size), np.float32), ((images,), bool)]
+    start = time.perf_counter()
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    memory.herd_padded.lower(*arguments, m=p.run.config.memory.per_class).compile()
+    seconds["herd"] = round(time.perf_counter() - start, 2)
+    largest = programs.get("meta_update") or programs["incremental_update"]
+    used, totals = largest.compiled.memory_analysis(), (0.0, 0.0)
+    if "incremental_update" in programs:  # absent where updates of alpha are in a loop
+        totals = cost.flops_and_bytes(*programs["incremental_update"].one_update())
+    flops, moved = totals
+    floor = None
+    peak = options.tflops.get(p.run.config.model.dtype)
+    if flops and moved and peak and options.bandwidth:
+        floor = max(flops / (1e12 * peak), moved / (1e12 * options.bandwidth))
+    return {
+        "compile_s": seconds,
+        "temp_bytes": used.temp_size_in_bytes,
+        "argument_bytes": used.argument_size_in_bytes,
+        "update_flops": flops or None,
+        "update_bytes": moved or None,
+        "floor_s": floor,
+        "updates_per_call": p.programs.updates_per_call,
+    }
+
+
+def profile(
+    p: Problem, method: str, dtype: str, options: argparse.Namespace
+) -> list[list[Any]]:
+    """Traces 20 updates; prints and returns the operations that take the most time."""
+    run = contestants(p, 20)["train"]
+    run()
+    found = profiles.trace(pathlib.Path(options.profile), run)
+    print(f"{method} {dtype}, 20 updates: ms, percent, operation", file=sys.stderr)
+    for name, ms, percent in found:
+        print(f"{ms:10.2f} {percent:5.1f}  {name}", file=sys.stderr)
+    return found
+
+
+def short(value: float) -> float:
+    """The number to four digits."""
+    return float(f"{value:.4g}")
+
+
+def parse() -> argparse.Namespace:
+    """Reads the flags; fills in what depends on the device."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--methods", nargs="+", default=list(PRIORS), choices=PRIORS)
+    add("--priors", nargs="+", default=[], help="default: those of PRIORS")
+    dtypes = ("float32", "bfloat16")
+    add("--dtypes", nargs="+", default=list(dtypes), choices=dtypes)
+    add("--rivals", nargs="*", help="default: all of AGAINST that the device has")
+    add("--updates", type=int, default=0, help="in a round; 0: 10 on CPU, else 500")
+    add("--rounds", type=int, default=5)
+    add("--updates_per_call", type=int, default=0, help="0: the package's default")
+    add("--tflops", nargs="*", default=[], metavar="TYPE=NUMBER", help="peak rates")
+    add("--bandwidth", type=float, default=0, help="peak, TB/s")
+    add("--startup", action=argparse.BooleanOptionalAction, default=True)
+    add("--check", action="store_true", help="compare losses with PyTorch and stop")
+    add("--profile", default="", metavar="DIR", help="also trace 20 updates")
+    add("--markdown", action="store_true", help="also print a table, to stderr")
+    add("--reduced", action="store_true", help="tiny sizes")
+    add("--output", help="file for the JSON; else standard output")
+    options = meta_gradient.parse_reducible(parser, REDUCED)
+    on_cpu = jax.default_backend() == "cpu"
+    options.updates = options.updates or (10 if on_cpu else 500)
+    if options.updates % 10:
+        parser.error("--updates: expected a multiple of 10, Meta's period")
+    if options.rivals is None:
+        options.rivals = dict.fromkeys(itertools.chain(*AGAINST.values()))
+        if on_cpu:
+            del options.rivals["compile-reduce-overhead"]
+        options.rivals = list(options.rivals)
+    options.tflops = {k: float(v) for k, v in (x.split("=") for x in options.tflops)}
+    options.sizes = problem.sizes(options.reduced, on_cpu or options.check)
+    return options
+
+
+def main() -> None:
+    """Measures all that was asked for, prints or writes JSON."""
+    # Half of a GPU's memory stays for the other library.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    options = parse()
+    if options.check:
+        import check_rivals
+
+        right = check_rivals.check(options.methods, options.priors, options.sizes)
+        sys.exit(0 if right else "error: the losses differ")
+    pairs = itertools.product(options.methods, options.dtypes)
+    results = [measure(*pair, options) for pair in pairs]
+    meta_gradient.report({"benchmark": "speed", "results": results}, options)
+    if options.markdown:
+        print(speed_table.markdown(results), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
