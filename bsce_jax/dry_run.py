@@ -25,8 +25,10 @@ def describe(config: ConfigDict, workdir: str) -> str:
     run = experiment.prepare(config, workdir)
     progress = session.initial(run)
     lines = [
-        "step  classes  images  exemplars  images a class  log-prior      updates",
-        "----  -------  ------  ---------  --------------  -------------  -------",
+        "step  phase     classes  images  exemplars  images a class  log-prior      "
+        "updates",
+        "----  --------  -------  ------  ---------  --------------  -------------  "
+        "-------",
     ]
     updates = 0
     for data in planning.planned_phases(config, run.dataset):
@@ -39,8 +41,9 @@ def describe(config: ConfigDict, workdir: str) -> str:
         span = f"{prior.min():.2f}..{prior.max():.2f}"
         many = f"{counts.min()}..{counts.max()}"
         lines.append(
-            f"{data.step:4d}  {data.num_seen:7d}  {len(data.train):6d}  "
-            f"{data.exemplars:9d}  {many:>14}  {span:>13}  {plan.updates:7d}"
+            f"{data.step:4d}  {data.phase:8}  {data.num_seen:7d}  "
+            f"{len(data.train):6d}  {data.exemplars:9d}  {many:>14}  {span:>13}  "
+            f"{plan.updates:7d}"
         )
     seconds, memory = _measure(run, progress)
     total = updates * seconds

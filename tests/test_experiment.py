@@ -163,7 +163,7 @@ def test_the_plan_is_printed_without_training(config, folder):
     done = runs.run(config, workdir, "--config.print_plan", "--config.prior=balanced")
     assert not (workdir / "results.json").exists()
     lines = done.stdout.splitlines()
-    assert lines[3].split()[:5] == ["1", "5", "20", "12", "3..8"]
+    assert lines[3].split()[:6] == ["1", "main", "5", "20", "12", "3..8"]
     assert "ms: about" in lines[-1] and "MiB" in lines[-1]
 
 
