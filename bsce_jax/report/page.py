@@ -66,7 +66,7 @@ def write(output: epath.PathLike) -> None:
             found[workdir] = results.read(folder / workdir)
     page = render(manifest, found, published.load(), flatten(default_config()))
     for name, text in zip(("html", "md", "csv"), page, strict=True):
-        _replace(folder / f"report.{name}", text)
+        results.replace(folder / f"report.{name}", text)
 
 
 def render(
@@ -110,15 +110,6 @@ def _manifest(path: epath.Path) -> Any:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-
-
-def _replace(target: epath.Path, text: str) -> None:
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

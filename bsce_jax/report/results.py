@@ -61,10 +61,17 @@ def write(workdir: epath.PathLike, results: Mapping[str, Any]) -> None:
     """
     validate(results)
     text = json.dumps(results, allow_nan=False) + "\n"
-    folder = epath.Path(workdir)
-    target = folder / FILE_NAME
+    replace(epath.Path(workdir) / FILE_NAME, text)
+
+
+def replace(target: epath.Path, text: str) -> None:
+    """Replaces a text file; after a crash it is the old file or the new one.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     try:
-        if "://" in os.fspath(folder):
+        if "://" in os.fspath(target):
             target.write_text(text)  # object stores replace a whole object at once
         else:
             _replace(target, text)

@@ -242,8 +242,17 @@ def _load(config: ConfigDict, known: _Known) -> planning.Dataset:
     key = digest(fields)
     if key not in known.datasets:
         known.datasets[key] = planning.load(config)
-    planning.check(config, known.datasets[key])
+    else:
+        planning.check(config, known.datasets[key])
     return known.datasets[key]
+
+
+def by_base_step(runs: Sequence[Run]) -> list[list[Run]]:
+    """Groups of runs that can share a base step."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.base_hash, []).append(run)
+    return list(groups.values())
 
 
 def share(runs: Sequence[Run], index: int, count: int) -> list[Run]:
@@ -252,11 +261,8 @@ def share(runs: Sequence[Run], index: int, count: int) -> list[Run]:
     Runs that can share a base step stay together; the groups are dealt out by their
     updates, largest first, each to the process with the least so far.
     """
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.base_hash, []).append(run)
     loads, mine = [0] * count, []
-    for group in sorted(groups.values(), key=lambda group: -cost(group)):
+    for group in sorted(by_base_step(runs), key=lambda group: -cost(group)):
         process = loads.index(min(loads))
         loads[process] += cost(group)
         if process == index - 1:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from etils import epath
+
 from bsce_jax.errors import UserError
 from bsce_jax.report import results as results_file
 from bsce_jax.reproduce import cells as tables
@@ -143,7 +145,7 @@ class Runner:
 
     def _judge(self, process: Process) -> None:
         name = process.run.name
-        results = read(self._output / "runs" / name)
+        results = read(self._output / workdir(name))
         if results is not None and results["status"] == "done":
             self.states[name] = "done"
         elif process.asked_to_end:
@@ -169,7 +171,7 @@ class Runner:
 
     def _base(self, run: Run) -> str:
         """A run whose base step can be taken over, "" for its own, or "wait"."""
-        if finished_steps(self._output / "runs" / run.name):
+        if finished_steps(self._output / workdir(run.name)):
             return ""
         for folder in sorted((self._output / "runs").iterdir()):
             results = read(folder)
@@ -197,10 +199,8 @@ class Runner:
 
     def progress(self) -> str:
         """A line: runs done, share of the updates, time left at the pace so far."""
-        groups: dict[str, list[Run]] = {}
-        for run in self._runs:
-            groups.setdefault(run.base_hash, []).append(run)
-        total, done = sum(map(tables.cost, groups.values())), self._done()
+        groups = tables.by_base_step(self._runs)
+        total, done = sum(map(tables.cost, groups)), self._done()
         finished = sum(state == "done" for state in self.states.values())
         line = f"{finished}/{len(self._runs)} runs, {100 * done / total:.1f} %"
         now = [f"{p.run.name} at {p.updates()}/{p.run.updates}" for p in self._active]
@@ -217,13 +217,13 @@ def state(output: pathlib.Path, run: Run) -> str:
     Raises:
       UserError: the folder holds a run of another configuration.
     """
-    workdir = output / "runs" / run.name
-    results = read(workdir)
+    folder = output / workdir(run.name)
+    results = read(folder)
     if results is None:
         return "to do"
     if results["config_hash"] != run.config_hash:
         raise UserError(
-            f"{workdir} holds a run of another configuration: give another --output"
+            f"{folder} holds a run of another configuration: give another --output"
         )
     return "done" if results["status"] == "done" else "to do"
 
@@ -266,6 +266,5 @@ def write_manifest(
         ]
         found.append({**cell._asdict(), "runs": runs})
     manifest = {"schema": 1, "protocol": protocol, "cells": found}
-    temporary = output / ".manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, output / "manifest.json")
+    text = json.dumps(manifest, indent=1) + "\n"
+    results_file.replace(epath.Path(output) / "manifest.json", text)
