@@ -201,14 +201,11 @@ def take_over(run: Run, progress: Progress) -> Progress:
     folder = epath.Path(run.config.init_from)
     theirs = results_file.read(folder)
     if theirs["base_hash"] != run.results["base_hash"]:
-        changed = _differences(
-            {k: v for k, v in theirs["config"].items() if planning.reaches_base(k)},
-            {
-                k: v
-                for k, v in run.results["config"].items()
-                if planning.reaches_base(k)
-            },
+        theirs_of_base, ours_of_base = (
+            {k: v for k, v in config.items() if planning.reaches_base(k)}
+            for config in (theirs["config"], run.results["config"])
         )
+        changed = _differences(theirs_of_base, ours_of_base)
         changed = changed or "classes, terms, or a prior that weighs unequal classes"
         raise UserError(f"{where}: its base step is another one ({changed})")
     variables = {
