@@ -54,7 +54,7 @@ def both_losses(
             p.progress.teacher,
         )
     )
-    size, pixels = config.optim.batch_size, p.run.dataset.train_images.shape[1]
+    size, pixels = config.optim.batch_size, p.run.dataset.train.images.shape[1]
     images = rng.normal(size=(size, pixels, pixels, 3)).astype("f")
     labels = rng.integers(0, p.data.num_seen, size).astype(np.int32)
     program = compiled.main_program(config, p.programs.model)

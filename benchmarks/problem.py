@@ -18,12 +18,12 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from bsce_jax import parallel, session, training
+from bsce_jax import feed, parallel, session, training
 from bsce_jax import plan as planning
 from bsce_jax import programs as compiled
 from bsce_jax.config import resolve
 from bsce_jax.context import make_context
-from bsce_jax.state import Images, PyTree, StepContext
+from bsce_jax.state import PyTree, StepContext
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RATE = 1e-3  # learning rate: random labels must not end in NaN
@@ -165,16 +165,18 @@ def dataset(config: ConfigDict, sizes: Sizes) -> planning.Dataset:
     """Random images in the classes of the scenario, in equal numbers."""
     rng, base = np.random.default_rng(0), sizes.classes // 2
     new = base // config.scenario.steps
+    image_shape = sizes.pixels, sizes.pixels, 3
     edges = [0, *range(base, sizes.classes + 1, new)]
 
-    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+    def split(name: str, count: int) -> planning.Split:
         labels = np.repeat(np.arange(sizes.classes, dtype=np.int32), count)
-        shape = (len(labels), sizes.pixels, sizes.pixels, 3)
-        return rng.integers(0, 256, shape, np.uint8), labels
+        images = rng.integers(0, 256, (len(labels), *image_shape), np.uint8)
+        return planning.Split(name, np.arange(len(labels)), labels, images)
 
     return planning.Dataset(
-        *split(sizes.images),
-        *split(sizes.tests),
+        split("train", sizes.images),
+        split("test", sizes.tests),
+        image_shape,
         class_names=tuple(map(str, range(sizes.classes))),
         class_order=np.arange(sizes.classes),
         groups=tuple(range(*pair) for pair in zip(edges, edges[1:], strict=False)),
@@ -190,10 +192,12 @@ def make(
     return place(config, dataset(config, sizes))
 
 
-def place(config: ConfigDict, source: planning.Dataset) -> Problem:
-    """Builds the problem of a configuration and data set."""
-    one = parallel.create("jit", jax.devices()[:1])
-    programs = compiled.build(config, one, source.num_classes)
+def place(
+    config: ConfigDict, source: planning.Dataset, devices: int = 1, mode: str = "jit"
+) -> Problem:
+    """Builds the problem of a configuration and data set on the first devices."""
+    chosen = parallel.create(mode, jax.devices()[:devices])
+    programs = compiled.build(config, chosen, source.num_classes)
     jitted = ("base_update", "incremental_update", "meta_update", "finetune_update")
     found = {
         name: getattr(programs, name) for name in (*jitted, "evaluate", "features")
@@ -204,15 +208,15 @@ def place(config: ConfigDict, source: planning.Dataset) -> Problem:
         epath.Path("not written"),
         source,
         dataclasses.replace(programs, **wrapped),
-        parallel.replicate(one, Images(source.train_images, source.train_labels)),
-        parallel.replicate(one, Images(source.test_images, source.test_labels)),
+        feed.create(config, chosen, source.train, source.image_shape),
+        feed.create(config, chosen, source.test, source.image_shape),
         results={},
         monitor=cast(Any, None),
     )
     phases = [p for p in planning.planned_phases(config, source) if p.step < 2]
     progress = session.initial(run)
     turned = jax.tree.map(np.flip, jax.device_get(progress.teacher))
-    progress.teacher = parallel.replicate(one, turned)
+    progress.teacher = parallel.replicate(chosen, turned)
     return Problem(
         run,
         phases,
@@ -299,7 +303,7 @@ def rival_spec(p: Problem, steps: int) -> dict[str, Any]:
         "padding": config.data.padding,
         "mean": list(config.data.mean),
         "std": list(config.data.std),
-        "pixels": p.run.dataset.train_images.shape[1],
+        "pixels": p.run.dataset.train.images.shape[1],
         "images": len(data.train),
         "per_class": int(p.run.dataset.images_per_class.max()),
         "tests": int(np.sum(p.run.dataset.test_labels < seen)),

@@ -104,9 +104,10 @@ def contestants(p: Problem, updates: int) -> dict[str, Contestant]:
             run.train,
             one_epoch,
             training.History(),
-            after_call=lambda history, images: False,
+            after_call=lambda history, images: None,
+            due=lambda: False,
             save=lambda state, history: None,
-            stop=lambda: False,
+            stop=lambda: 0,
         )
         jax.block_until_ready(p.progress.state)
         return len(one_epoch.train)

@@ -22,6 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sampling": ("uniform", "memory", "class"),
     "parallel": ("jit", "pmap"),
     "matmul_precision": ("default", "high", "highest"),
+    "data.loading": ("resident", "streaming"),
+    "data.corrupt": ("refuse", "skip"),
     "scenario.subset": ("all", "first100", "lucir"),
     "memory.kind": ("growing", "fixed", "none"),
     "memory.selection": ("herding", "random"),
@@ -44,6 +46,9 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "updates_per_call": (0, None),
     "log_seconds": (0, None),
     "data.image_size": (0, None),
+    "data.resize": (0, None),
+    "data.workers": (-1, 1024),
+    "data.timeout": (0, None),
     "data.max_per_class": (0, None),
     "data.nominal_per_class": (1, None),
     "data.validation_fraction": (0, 0.9),
@@ -89,6 +94,8 @@ NOT_HASHED = (
     "init_from",
     "checkpoint",
     "data.data_dir",
+    "data.workers",
+    "data.timeout",
 )
 
 
@@ -131,7 +138,12 @@ COMMON_ARGUMENTS = {
     "alpha": 1.0,
     "epsilon": 0.0,
 }
-_ARGUMENT_FIELDS = {"steps": "scenario.steps", "memory": "memory.per_class"}
+_ARGUMENT_FIELDS = {
+    "steps": "scenario.steps",
+    "base_classes": "scenario.base_classes",
+    "memory": "memory.per_class",
+    "data": "data.name",
+}
 
 
 def apply_arguments(
@@ -263,6 +275,7 @@ def _check_together(config: ConfigDict) -> None:
     data, meta, memory, optim = config.data, config.meta, config.memory, config.optim
     if len(data.mean) != len(data.std) or not all(s > 0 for s in data.std):
         raise field_error("data.std", data.std, f"{len(data.mean)} positive numbers")
+    _check_streaming(data)
     if meta.minimum > meta.maximum:
         raise field_error("meta.minimum", meta.minimum, f"at most {meta.maximum}")
     for name, milestones in (
@@ -296,6 +309,20 @@ def _check_together(config: ConfigDict) -> None:
     if config.prior == "meta" and memory.kind == "growing" and memory.per_class < 2:
         raise field_error(
             "memory.per_class", memory.per_class, "at least 2 for prior=meta"
+        )
+
+
+def _check_streaming(data: ConfigDict) -> None:
+    low, high = (*data.crop_area, 0.0, 0.0)[:2]
+    if len(data.crop_area) != 2 or not 0 < low <= high <= 1:
+        raise field_error("data.crop_area", data.crop_area, "(low, high) in (0, 1]")
+    if data.loading == "streaming" and not data.image_size:
+        raise field_error(
+            "data.image_size", 0, "at least 1 with data.loading=streaming"
+        )
+    if data.resize and data.resize < data.image_size:
+        raise field_error(
+            "data.resize", data.resize, f"0 or at least {data.image_size}"
         )
 
 

@@ -29,7 +29,8 @@ def default_config() -> ConfigDict:
     c.sampling = "uniform"
     c.init_from = ""  # workdir of another run whose base step is taken over
     c.parallel = "jit"  # jit (over a mesh of all devices) | pmap
-    c.updates_per_call = 0  # updates in one compiled call; 0 = 1 on CPU, else 50
+    # updates in one compiled call; 0 = 1 on CPU and with streamed images, else 50
+    c.updates_per_call = 0
     c.matmul_precision = "default"  # default | high | highest (float32 on GPU: TF32)
     c.deterministic = False  # GPU: only reproducible kernels (slower)
     c.print_plan = False  # print what would run, per step, and stop
@@ -62,7 +63,20 @@ def _data() -> ConfigDict:
     c.data_dir = ""  # "" = TFDS_DATA_DIR or ~/tensorflow_datasets
     c.train_split = "train"
     c.test_split = "test"
-    c.image_size = 0  # images are shrunk to this size once; 0 = as they are
+    # resident (decoded once, kept on the devices) | streaming (decoded as they are
+    # needed, by Grain)
+    c.loading = "resident"
+    # resident: images are shrunk to this size once, 0 = as they are; streaming: side of
+    # the crops
+    c.image_size = 0
+    c.resize = 0  # streaming, evaluation: shorter side before the centre crop; 0 = none
+    # streaming, training: a random part of the image (Inception's), else as evaluation
+    c.random_resized_crop = True
+    c.crop_area = (0.08, 1.0)  # that part's share of the image
+    c.corrupt = "refuse"  # streaming, image that is none: refuse | skip (weight 0)
+    # streaming: decoding processes of a host; 0 = threads of its one, -1 = automatic
+    c.workers = -1
+    c.timeout = 600.0  # streaming: seconds to wait for a batch; 0 = for ever
     c.max_per_class = 0  # first training images of each class; 0 = all
     c.nominal_per_class = 500  # for epsilon in percent
     # Fraction of the training images held out; where it is not 0 the accuracies are

@@ -72,7 +72,10 @@ def _measure(run: session.Run, progress: session.Progress) -> tuple[float, str]:
         jax.block_until_ready((state, metrics))
         if call:
             seconds.append((time.perf_counter() - started) / count)
-    resident = sum(x.nbytes for x in jax.tree.leaves((run.train, run.test, state)))
+    resident = sum(
+        x.nbytes
+        for x in jax.tree.leaves((run.train.resident, run.test.resident, state))
+    )
     text = f"{resident / 2**20:.0f} MiB of data and state"
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:

@@ -1,12 +1,36 @@
 """Predictions, features and exemplar selection over whole sets of images."""
 
+import collections
+import contextlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from bsce_jax import memory, parallel
+from bsce_jax.data import batches
+from bsce_jax.feed import Feed
 from bsce_jax.programs import Programs
-from bsce_jax.state import Images, PyTree, Rows
+from bsce_jax.state import PyTree
+
+IN_FLIGHT = 4  # batches whose outputs are not fetched yet
+
+
+class Predictions(NamedTuple):
+    """What `predict` finds for N images.
+
+    Attributes:
+      valid: bool [N]; False for images that are skipped, for which the rest has no
+        meaning.
+      classes: int32 [N], predicted positions in the class order.
+      top5: bool [N], whether the label is among the five highest logits.
+      features: float32 [N, D].
+    """
+
+    valid: np.ndarray
+    classes: np.ndarray
+    top5: np.ndarray
+    features: np.ndarray
 
 
 def predict(
@@ -14,10 +38,10 @@ def predict(
     params: PyTree,
     batch_stats: PyTree,
     seen: np.ndarray,
-    data: Images,
+    feed: Feed,
     indices: np.ndarray,
     batch_size: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> Predictions:
     """Classifies images by the highest logit among the seen classes.
 
     Args:
@@ -25,62 +49,91 @@ def predict(
       params: of the network, on the devices.
       batch_stats: of the network, on the devices.
       seen: [C] bool, on the devices.
-      data: images and labels on the devices.
+      feed: of the images.
       indices: int [N], images to classify.
       batch_size: images a call.
-
-    Returns:
-      int32 [N], predicted positions in the class order; bool [N], whether the label
-      is among the five highest logits; float32 [N, D], features.
     """
-    arguments = (params, batch_stats, seen, data)
-    predicted, top5, found = _over_batches(
-        programs, programs.evaluate, arguments, indices, batch_size
+    arguments = (params, batch_stats, seen, feed.resident)
+    valid, *rest = _over_batches(
+        programs.evaluate, arguments, feed, indices, batch_size
     )
-    return predicted, top5, found
+    return Predictions(valid > 0, *rest)
 
 
 def features(
     programs: Programs,
     params: PyTree,
     batch_stats: PyTree,
-    data: Images,
+    feed: Feed,
     indices: np.ndarray,
     batch_size: int,
     mirrored: bool = False,
-) -> np.ndarray:
-    """Features of the test transform, float32 [N, D]; arguments as for predict.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Features of the test transform; arguments as for `predict`.
 
     With `mirrored` those of the images flipped from left to right.
+
+    Returns:
+      bool [N], False for images that are skipped, and float32 [N, D].
     """
     flip = parallel.replicate(programs.parallel, np.bool_(mirrored))
-    arguments = (params, batch_stats, data, flip)
-    return _over_batches(programs, programs.features, arguments, indices, batch_size)[0]
+    arguments = (params, batch_stats, feed.resident, flip)
+    valid, found = _over_batches(
+        programs.features, arguments, feed, indices, batch_size
+    )
+    return valid > 0, found
+
+
+def features_by_class(
+    programs: Programs,
+    params: PyTree,
+    batch_stats: PyTree,
+    feed: Feed,
+    by_class: list[np.ndarray],
+    batch_size: int,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Features of several classes' images, in one pass over all of them.
+
+    Returns:
+      For each class the indices of its images that are not skipped, and their features.
+    """
+    joined = np.concatenate(by_class)
+    valid, found = features(programs, params, batch_stats, feed, joined, batch_size)
+    ends = np.cumsum([len(indices) for indices in by_class])[:-1]
+    return [
+        (indices[kept], part[kept])
+        for indices, kept, part in zip(
+            by_class, np.split(valid, ends), np.split(found, ends), strict=True
+        )
+    ]
 
 
 def _over_batches(
-    programs: Programs,
     program: Callable,
     arguments: tuple,
+    feed: Feed,
     indices: np.ndarray,
     batch_size: int,
 ) -> tuple[np.ndarray, ...]:
     """Runs a program over [1, B] rows; outputs joined along the images."""
-    pending, sizes = [], []
-    for first in range(0, len(indices), batch_size):
-        chosen = indices[first : first + batch_size]
-        row = np.zeros((1, batch_size), np.int32)
-        row[0, : len(chosen)] = chosen
-        valid = (np.arange(batch_size) < len(chosen))[None].astype(np.float32)
-        rows = Rows(row, valid, np.arange(batch_size, dtype=np.int32)[None])
-        pending.append(program(*arguments, parallel.shard(programs.parallel, rows)))
-        sizes.append(len(chosen))
-    fetched = [
-        parallel.unshard(programs.parallel, outputs, size)
-        for outputs, size in zip(pending, sizes, strict=True)
-    ]
+    plan = batches.InOrder(np.asarray(indices), batch_size)
+    found: list[tuple[np.ndarray, ...]] = []
+    pending: collections.deque[tuple] = collections.deque()
+
+    def fetch() -> None:
+        count = min(batch_size, len(indices) - len(found) * batch_size)
+        found.append(parallel.fetch(pending.popleft(), count))
+
+    with contextlib.closing(feed.groups(plan)) as groups:
+        for rows in groups:
+            pending.append(program(*arguments, rows))
+            if len(pending) > IN_FLIGHT:  # or streamed images pile up on the devices
+                fetch()
+    while pending:
+        fetch()
     return tuple(
-        np.concatenate([out[0] for out in outs]) for outs in zip(*fetched, strict=True)
+        np.concatenate([part[0] for part in parts])
+        for parts in zip(*found, strict=True)
     )
 
 
@@ -88,7 +141,7 @@ def select_exemplars(
     programs: Programs,
     params: PyTree,
     batch_stats: PyTree,
-    data: Images,
+    feed: Feed,
     by_class: list[np.ndarray],
     how: str,
     count: int,
@@ -103,7 +156,7 @@ def select_exemplars(
       programs: compiled functions.
       params: of the network, on the devices.
       batch_stats: of the network, on the devices.
-      data: training images on the devices.
+      feed: of the training images.
       by_class: for each class the int indices of its training images.
       how: "herding" or "random".
       count: exemplars of each class.
@@ -113,20 +166,20 @@ def select_exemplars(
       rng: for random selection.
 
     Returns:
-      For each class `count` indices, in order of choice.
+      For each class `count` indices, in order of choice; fewer where images are skipped
+      and too few are left.
     """
     if count == 0:
         return [indices[:0] for indices in by_class]
     if how == "random":
         return [i[memory.random_ranking(len(i), count, rng)] for i in by_class]
-    joined = features(
-        programs, params, batch_stats, data, np.concatenate(by_class), batch_size
-    )
-    parts = np.split(joined, np.cumsum([len(i) for i in by_class])[:-1])
     chosen = []
-    for indices, part in zip(by_class, parts, strict=True):
-        padded = np.zeros((longest, part.shape[1]), np.float32)
-        padded[: len(part)] = part
-        order = memory.herd_padded(padded, np.arange(longest) < len(part), most)
-        chosen.append(indices[np.asarray(order)[:count]])
+    for indices, found in features_by_class(
+        programs, params, batch_stats, feed, by_class, batch_size
+    ):
+        padded = np.zeros((longest, found.shape[1]), np.float32)
+        padded[: len(found)] = found
+        order = memory.herd_padded(padded, np.arange(longest) < len(found), most)
+        ranked = np.asarray(order)[:count]
+        chosen.append(indices[ranked[ranked >= 0]])
     return chosen

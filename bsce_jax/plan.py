@@ -12,27 +12,56 @@ from bsce_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
+class Split:
+    """Some images of a split of the source.
+
+    Attributes:
+      name: of the source's split.
+      records: int [N], the source's record of each image.
+      labels: int32 [N], positions in the class order.
+      images: uint8 [N, H, W, channels], or None where they are streamed.
+    """
+
+    name: str
+    records: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray | None
+
+    def __getitem__(self, chosen: np.ndarray) -> "Split":
+        """The images that a mask or indices choose."""
+        images = None if self.images is None else self.images[chosen]
+        return Split(self.name, self.records[chosen], self.labels[chosen], images)
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set in the class order of an experiment; labels are positions in it.
 
     Attributes:
-      train_images: uint8 [N, H, W, channels].
-      train_labels: int32 [N].
-      test_images: uint8 [M, H, W, channels]; held-out training images where
-        data.validation_fraction is not 0.
-      test_labels: int32 [M].
+      train: N images.
+      test: M images; held-out training images where data.validation_fraction is not 0.
+      image_shape: height, width and channels that the network sees.
       class_names: C names.
       class_order: int [C], the source's label at each position.
       groups: positions that each step introduces, the base step's first.
     """
 
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
+    train: Split
+    test: Split
+    image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     class_order: np.ndarray
     groups: tuple[range, ...]
+
+    @property
+    def train_labels(self) -> np.ndarray:
+        """Positions of the training images' classes, int32 [N]."""
+        return self.train.labels
+
+    @property
+    def test_labels(self) -> np.ndarray:
+        """Positions of the test images' classes, int32 [M]."""
+        return self.test.labels
 
     @property
     def num_classes(self) -> int:
@@ -94,29 +123,46 @@ def load(config: ConfigDict) -> Dataset:
     )
     position = scenario.label_positions(order, len(names))
 
-    def read(split: str) -> tuple[np.ndarray, np.ndarray]:
-        arrays = resident.load(data.name, split, data.data_dir, data.image_size)
-        labels = position[arrays.labels]
-        keep = labels >= 0
-        if keep.all():
-            return arrays.images, labels
-        return arrays.images[keep], labels[keep]
-
-    images, labels = read(data.train_split)
+    train = _read(config, data.train_split, position)
     if data.validation_fraction > 0:
-        kept, held = resident.hold_out(labels, data.validation_fraction, config.seed)
-        test = images[held], labels[held]
-        images, labels = images[kept], labels[kept]
+        kept, held = resident.hold_out(
+            train.labels, data.validation_fraction, config.seed
+        )
+        train, test = train[kept], train[held]
     else:
-        test = read(data.test_split)
+        test = _read(config, data.test_split, position)
     if data.max_per_class > 0:
-        first = resident.subset(labels, data.max_per_class)
-        images, labels = images[first], labels[first]
+        train = train[resident.subset(train.labels, data.max_per_class)]
     dataset = Dataset(
-        images, labels, *test, tuple(names[i] for i in order), order, groups
+        train,
+        test,
+        _image_shape(config, train),
+        tuple(names[i] for i in order),
+        order,
+        groups,
     )
     check(config, dataset)
     return dataset
+
+
+def _read(config: ConfigDict, split: str, position: np.ndarray) -> Split:
+    """The images of the classes in use: labels only where they are streamed."""
+    data = config.data
+    images = None
+    if data.loading == "resident":
+        images, labels = resident.load(data.name, split, data.data_dir, data.image_size)
+    else:
+        labels = source.labels(data.name, split, data.data_dir)
+    found = Split(split, np.arange(len(labels)), position[labels], images)
+    used = found.labels >= 0
+    return found if used.all() else found[used]
+
+
+def _image_shape(config: ConfigDict, train: Split) -> tuple[int, int, int]:
+    if train.images is not None:
+        return train.images.shape[1:]
+    size = config.data.image_size
+    return size, size, source.channels(config.data.name, config.data.data_dir)
 
 
 def class_order(config: ConfigDict, num_classes: int) -> np.ndarray:
@@ -136,7 +182,7 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    channels = dataset.train_images.shape[3]
+    channels = dataset.image_shape[2]
     if len(config.data.mean) != channels:
         raise UserError(
             f"config.data.mean={config.data.mean!r}: expected {channels} numbers, one "
@@ -258,7 +304,13 @@ _BASE_FIELDS = (
     "optim.clip",
     "optim.schedule",
 )
-_NOT_BASE = ("data.data_dir", "data.nominal_per_class")
+_NOT_BASE = (
+    "data.data_dir",
+    "data.nominal_per_class",
+    "data.workers",
+    "data.timeout",
+    "data.corrupt",
+)
 
 
 def reaches_base(name: str) -> bool:

@@ -90,13 +90,13 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
             steps.make_evaluate(main),
             name="evaluate",
             inputs=(whole,) * 4 + (rows,),
-            outputs=(rows, rows, rows),
+            outputs=(rows,) * 4,
         ),
         features=compiled(
             steps.make_features(main),
             name="features",
             inputs=(whole,) * 4 + (rows,),
-            outputs=(rows,),
+            outputs=(rows, rows),
         ),
         optimizer=main.optimizer,
         alpha_optimizer=optim.alpha_optimizer(
@@ -188,10 +188,12 @@ def init_model(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> PyT
 def updates_per_call(config: ConfigDict, devices: parallel.Parallel) -> int:
     """U: on CPU 1 (a loop around convolutions is slow there), else about 50.
 
-    With the meta prior on an accelerator it is a multiple of meta.every, because a
-    call then starts with an update of alpha.
+    Streamed images come one batch a call: they are large, and so is an update. With
+    the meta prior a larger U is a multiple of meta.every, because a call then starts
+    with an update of alpha.
     """
-    count = config.updates_per_call or (1 if devices.platform == "cpu" else 50)
+    single = devices.platform == "cpu" or config.data.loading == "streaming"
+    count = config.updates_per_call or (1 if single else 50)
     if config.prior == "meta" and count > 1:
         count = -(-count // config.meta.every) * config.meta.every
     return count

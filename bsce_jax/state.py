@@ -68,7 +68,7 @@ class Batch(struct.PyTreeNode):
 
 
 class Images(struct.PyTreeNode):
-    """A data set on the devices: uint8 images [N, H, W, channels], int32 labels [N]."""
+    """Images on the devices: uint8 [N, H, W, channels], and int32 labels [N]."""
 
     images: Array
     labels: Array
@@ -81,11 +81,16 @@ class Rows(struct.PyTreeNode):
       indices: int32 into Images.
       valid: float32, 0 for rows that only fill the batch.
       numbers: int32, row number in the global batch (for its random key).
+      images: uint8 [U, B, H, W, channels] where they are streamed and there are no
+        Images, else None.
+      labels: int32, with `images`.
     """
 
     indices: Array
     valid: Array
     numbers: Array
+    images: Array | None = None
+    labels: Array | None = None
 
 
 class Schedule(struct.PyTreeNode):

@@ -19,7 +19,7 @@ def step_result(run: Run, progress: Progress) -> dict[str, Any]:
     images = np.flatnonzero(dataset.test_labels < data.num_seen)
     labels = dataset.test_labels[images]
     seen = np.arange(dataset.num_classes) < data.num_seen
-    predicted, top5, features = evaluate.predict(
+    found = evaluate.predict(
         run.programs,
         state.params,
         state.batch_stats,
@@ -28,6 +28,8 @@ def step_result(run: Run, progress: Progress) -> dict[str, Any]:
         images,
         config.evaluation.batch_size,
     )
+    _, predicted, top5, features = (array[found.valid] for array in found)
+    labels = labels[found.valid]
     confusion = metrics.confusion_matrix(labels, predicted, dataset.num_classes)
 
     def percent(first: int, last: int) -> float:
@@ -85,7 +87,10 @@ def _nearest_mean(
         )
         for mirrored in ((False, True) if config.data.flip else (False,))
     ]
-    means = nearest_mean.class_means(views, classes, num_seen)
+    valid = views[0][0]
+    means = nearest_mean.class_means(
+        [found[valid] for _, found in views], classes[valid], num_seen
+    )
     return 100.0 * float(np.mean(nearest_mean.classify(features, means) == labels))
 
 

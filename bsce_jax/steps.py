@@ -264,34 +264,46 @@ def meta_step(
 
 
 def fetch(
-    program: Program, data: Images, rows: Rows, update: Array | int, key: Array | None
+    program: Program,
+    data: Images | None,
+    rows: Rows,
+    update: Array | int,
+    key: Array | None,
 ) -> Batch:
-    """Gathers the batch of one update; augmented where a random key is given."""
-    indices, valid = rows.indices[update], rows.valid[update]
-    images = data.images[indices]
+    """The batch of one update; augmented where a random key is given.
+
+    Gathered from `data`, or without it the rows' own images.
+    """
+    if data is None:
+        assert rows.images is not None and rows.labels is not None
+        images, labels = rows.images[update], rows.labels[update]
+    else:
+        indices = rows.indices[update]
+        images, labels = data.images[indices], data.labels[indices]
     if key is None:
         images = program.test_images(images)
     else:
         images = program.train_images(images, key, rows.numbers[update])
-    return Batch(images, data.labels[indices], valid)
+    return Batch(images, labels, rows.valid[update])
 
 
 def make_evaluate(program: Program) -> Callable:
     """Returns evaluate(params, batch_stats, seen, data, rows, axis_name).
 
-    It gives, for [1, B] rows, the class of the highest logit among the seen classes
-    (int32 [1, B]), whether the label is among the five highest (bool [1, B]) and the
-    features (float32 [1, B, D]), at the highest matmul precision like all features.
+    It gives, for [1, B] rows, whether there is an image (float32 [1, B], the rows'
+    `valid`), the class of the highest logit among the seen classes (int32 [1, B]),
+    whether the label is among the five highest (bool [1, B]) and the features
+    (float32 [1, B, D]), at the highest matmul precision like all features.
     """
 
     def evaluate(
         params: PyTree,
         batch_stats: PyTree,
         seen: Array,
-        data: Images,
+        data: Images | None,
         rows: Rows,
         axis_name: str | None = None,
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, Array, Array, Array]:
         batch = fetch(program, data, rows, 0, None)
         out = _test_outputs(program, params, batch_stats, batch, axis_name)
         logits = out["logits"] + log_prior.uniform(seen)[None, :]
@@ -299,7 +311,7 @@ def make_evaluate(program: Program) -> Callable:
         higher = jnp.sum(logits > of_label, axis=1)
         predicted = jnp.argmax(logits, axis=1).astype(jnp.int32)
         features = out["features"].astype(jnp.float32)
-        return predicted[None], (higher < 5)[None], features[None]
+        return rows.valid, predicted[None], (higher < 5)[None], features[None]
 
     return evaluate
 
@@ -307,23 +319,23 @@ def make_evaluate(program: Program) -> Callable:
 def make_features(program: Program) -> Callable:
     """Returns features(params, batch_stats, data, flip, rows, axis_name).
 
-    ([1, B, D],): float32 features of the test transform, of the mirrored images where
-    `flip` ([] bool) says so.
+    The rows' `valid` [1, B], and float32 features [1, B, D] of the test transform, of
+    the mirrored images where `flip` ([] bool) says so.
     """
 
     def features(
         params: PyTree,
         batch_stats: PyTree,
-        data: Images,
+        data: Images | None,
         flip: Array,
         rows: Rows,
         axis_name: str | None = None,
-    ) -> tuple[Array]:
+    ) -> tuple[Array, Array]:
         batch = fetch(program, data, rows, 0, None)
         mirrored = jnp.where(flip, batch.images[:, :, ::-1], batch.images)
         batch = batch.replace(images=mirrored)
         out = _test_outputs(program, params, batch_stats, batch, axis_name)
-        return (out["features"][None].astype(jnp.float32),)
+        return rows.valid, out["features"][None].astype(jnp.float32)
 
     return features
 

@@ -1,8 +1,9 @@
 """Trains a phase of a step: plans batches, calls compiled updates, keeps history."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from ml_collections import ConfigDict
 from bsce_jax import optim, parallel
 from bsce_jax.data import batches, sampling
 from bsce_jax.errors import UserError
+from bsce_jax.feed import Feed
 from bsce_jax.plan import StepData
 from bsce_jax.programs import Programs
-from bsce_jax.state import Images, Rows, Schedule, StepContext, TrainState
+from bsce_jax.state import Rows, Schedule, StepContext, TrainState
 
 
 class NotFiniteError(UserError):
@@ -70,15 +72,35 @@ class Plan:
     sampler: sampling.Sampler | None = None
 
     @property
+    def training_batches(self) -> batches.Shuffled:
+        """The training batches, one an update."""
+        return batches.Shuffled(
+            self.train,
+            self.batch_size,
+            self.epochs,
+            self.seed,
+            self.step,
+            self.first_epoch,
+            self.sampler,
+        )
+
+    @property
+    def held_out_batches(self) -> batches.Cycled:
+        """The batches of B_t, one an update of alpha."""
+        draws = -(-self.updates // self.alpha_every)
+        return batches.Cycled(
+            self.held_out, self.held_out_batch_size, draws, self.seed, self.step
+        )
+
+    @property
     def updates_per_epoch(self) -> int:
         """Batches of an epoch, the last partial one included."""
-        images = self.sampler.draws if self.sampler else len(self.train)
-        return batches.updates_per_epoch(images, self.batch_size)
+        return self.training_batches.per_epoch
 
     @property
     def updates(self) -> int:
         """Updates of the whole step."""
-        return self.epochs * self.updates_per_epoch
+        return len(self.training_batches)
 
 
 def make_plan(config: ConfigDict, data: StepData) -> Plan:
@@ -117,51 +139,56 @@ def fit(
     programs: Programs,
     state: TrainState,
     context: StepContext,
-    data: Images,
+    feed: Feed,
     plan: Plan,
     history: History,
     *,
-    after_call: Callable[[History, int], bool],
+    after_call: Callable[[History, int], None],
+    due: Callable[[], bool],
     save: Callable[[TrainState, History], None],
-    stop: Callable[[], bool],
+    stop: Callable[[], int],
 ) -> TrainState:
     """Runs the plan's updates from `history.updates` to the end.
 
-    Metrics are fetched one call late, so that the devices never wait for the host.
+    Metrics are fetched one call late, so that the devices never wait for the host, and
+    so is what the processes agree on: to save when one of them is due, and to stop at
+    the same update when one of them was asked to.
 
     Args:
       programs: compiled functions.
       state: training state on the devices; its buffers are reused.
       context: the step's constants on the devices.
-      data: training images on the devices.
+      feed: of the training images.
       plan: the batches.
       history: updated in place.
-      after_call: called with the history and the images of the call; whether to
-        save now.
+      after_call: called with the history and the images of a finished call.
+      due: whether it is time to save.
       save: called with a state and the history that belongs to it.
-      stop: whether the run should end: saves, then raises StopRequested.
+      stop: number of the signal that asks the run to end, or 0.
 
     Raises:
       NotFiniteError: the loss is not finite; names step and update.
-      StopRequested: `stop` was true, after saving.
+      StopRequested: `stop` was asked, after saving.
     """
     pending: tuple[int, int, dict[str, Any]] | None = None
+    asked: Any = (0, 0)
     done = history.updates
-    while done < plan.updates:
-        count = min(programs.updates_per_call, plan.updates - done)
-        state, metrics = call(programs, state, context, data, plan, done, count)
-        wanted = False
-        if pending is not None:
-            wanted = after_call(history, _record(plan, history, *pending))
-        pending = done, count, metrics
-        done += count
-        stopping = stop()
-        if wanted or stopping:
-            after_call(history, _record(plan, history, *pending))
-            pending = None
-            save(state, history)
-        if stopping:
-            raise StopRequested(plan.step, done)
+    with contextlib.closing(_calls(programs, feed, plan, done)) as calls:
+        for count, arguments in calls:
+            program = _program(programs, plan, done)
+            state, metrics = program(state, context, feed.resident, *arguments)
+            if pending is not None:
+                after_call(history, _record(plan, history, *pending))
+            number, wanted = (int(value) for value in asked)
+            pending = done, count, metrics
+            asked = parallel.largest(programs.parallel, (stop(), due()))
+            done += count
+            if wanted or number:
+                after_call(history, _record(plan, history, *pending))
+                pending = None
+                save(state, history)
+            if number:
+                raise StopRequested(plan.step, done, number)
     if pending is not None:
         after_call(history, _record(plan, history, *pending))
     return state
@@ -170,90 +197,95 @@ def fit(
 class StopRequested(Exception):  # noqa: N818
     """The run was asked to end and has saved."""
 
-    def __init__(self, step: int, update: int) -> None:
-        """Names the step and the update after which the run has saved."""
+    def __init__(self, step: int, update: int, number: int) -> None:
+        """Names step and update after which the run has saved, and the signal."""
         super().__init__(f"stopped in step {step} after update {update}; saved")
+        self.number = number
 
 
 def call(
     programs: Programs,
     state: TrainState,
     context: StepContext,
-    data: Images,
+    feed: Feed,
     plan: Plan,
     first: int,
     count: int,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Dispatches updates `first` to `first + count` as one compiled call."""
-    schedule, rows = _rows(plan, first, count, programs.updates_per_call)
-    place = programs.parallel
-    arguments = [
-        state,
-        context,
-        data,
-        parallel.replicate(place, np.int32(count)),
-        parallel.replicate(place, schedule),
-        parallel.shard(place, rows),
-    ]
+    with contextlib.closing(_calls(programs, feed, plan, first, count)) as calls:
+        _, arguments = next(calls)
+        program = _program(programs, plan, first)
+        return program(state, context, feed.resident, *arguments)
+
+
+def _program(programs: Programs, plan: Plan, first: int) -> Callable:
+    """What runs the call that begins with update `first`."""
     if plan.phase == "finetune":
         assert programs.finetune_update is not None
-        return programs.finetune_update(*arguments)
+        return programs.finetune_update
+    if not plan.step:
+        return programs.base_update
+    if _updates_alpha(programs, plan, first):
+        assert programs.meta_update is not None
+        return programs.meta_update
+    return programs.incremental_update
+
+
+def _updates_alpha(programs: Programs, plan: Plan, first: int) -> bool:
+    """Whether a call begins with an update of alpha: longer ones always do."""
     if not plan.alpha_every:
-        program = programs.incremental_update if plan.step else programs.base_update
-        return program(*arguments)
-    assert programs.meta_update is not None
-    if programs.updates_per_call == 1 and first % plan.alpha_every:
-        return programs.incremental_update(*arguments)
-    held_out = _held_out_rows(plan, first, programs.updates_per_call)
-    return programs.meta_update(*arguments, parallel.shard(place, held_out))
+        return False
+    return programs.updates_per_call > 1 or first % plan.alpha_every == 0
 
 
-def _rows(plan: Plan, first: int, count: int, width: int) -> tuple[Schedule, Rows]:
-    """Batches of `count` updates, padded to `width` updates."""
-    indices, valid = batches.chunk(
-        plan.train,
-        plan.batch_size,
-        first,
-        count,
-        width,
-        seed=plan.seed,
-        step=plan.step,
-        first_epoch=plan.first_epoch,
-        sampler=plan.sampler,
-    )
+def _calls(
+    programs: Programs, feed: Feed, plan: Plan, first: int, count: int = 0
+) -> Generator[tuple[int, list[Any]]]:
+    """Yields the updates and the arguments of one call after another, from `first` on.
+
+    The arguments are those after the images. `count` limits the first call.
+    """
+    place, width = programs.parallel, programs.updates_per_call
+    with contextlib.ExitStack() as stack:
+
+        def open_groups(
+            source: batches.Batches, start: int, size: int
+        ) -> Generator[Rows]:
+            return stack.enter_context(
+                contextlib.closing(feed.groups(source, start, size))
+            )
+
+        rows = open_groups(plan.training_batches, first, width)
+        if plan.alpha_every:
+            start, size = (-(-n // plan.alpha_every) for n in (first, width))
+            held_out = open_groups(plan.held_out_batches, start, size)
+        while first < plan.updates:
+            count = min(count or width, plan.updates - first)
+            schedule = _schedule(plan, first, count, width)
+            arguments = [
+                parallel.replicate(place, np.int32(count)),
+                parallel.replicate(place, schedule),
+                next(rows),
+            ]
+            if _updates_alpha(programs, plan, first):
+                arguments.append(next(held_out))
+            yield count, arguments
+            first, count = first + count, 0
+
+
+def _schedule(plan: Plan, first: int, count: int, width: int) -> Schedule:
+    """Of `count` updates, padded to `width`."""
     updates = first + np.minimum(np.arange(width), count - 1)
     epochs, within = np.divmod(updates, plan.updates_per_epoch)
     constant = np.ones(width, np.int32)
-    schedule = Schedule(
+    return Schedule(
         seed=plan.seed * constant,
         step=plan.step * constant,
         epoch=(plan.first_epoch + epochs).astype(np.int32),
         update=within.astype(np.int32),
         learning_rate=np.asarray(plan.learning_rates, np.float32)[epochs],
     )
-    return schedule, Rows(indices, valid, _numbers(indices.shape))
-
-
-def _held_out_rows(plan: Plan, first: int, width: int) -> Rows:
-    """One batch of B_t for each update of alpha in `width` updates."""
-    draws = range(-(-width // plan.alpha_every))
-    indices = np.stack(
-        [
-            batches.cycled_rows(
-                plan.held_out,
-                plan.held_out_batch_size,
-                first // plan.alpha_every + draw,
-                seed=plan.seed,
-                step=plan.step,
-            )
-            for draw in draws
-        ]
-    )
-    return Rows(indices, np.ones(indices.shape, np.float32), _numbers(indices.shape))
-
-
-def _numbers(shape: tuple[int, ...]) -> np.ndarray:
-    return np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
 
 
 def _record(

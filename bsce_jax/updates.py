@@ -27,7 +27,7 @@ def make_train_update(program: Program) -> Callable:
     def update(
         state: TrainState,
         context: StepContext,
-        data: Images,
+        data: Images | None,
         count: Array,
         schedule: Schedule,
         rows: Rows,
@@ -68,7 +68,7 @@ def make_meta_update(program: Program) -> Callable:
     def update(
         state: TrainState,
         context: StepContext,
-        data: Images,
+        data: Images | None,
         count: Array,
         schedule: Schedule,
         rows: Rows,

@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from bsce_jax.data.builders import arrays
 
-Split = tuple[Sequence[np.ndarray], Sequence[int]]
+Split = tuple[Sequence[np.ndarray | bytes], Sequence[int]]
 
 
 def write(
@@ -22,12 +22,13 @@ def write(
     names: Sequence[str] | None = None,
     version: str = "1.0.0",
 ) -> pathlib.Path:
-    """Writes uint8 [H, W, Ch] images with labels as a tfds data set (array_record).
+    """Writes images with labels as a tfds data set (array_record).
 
     Args:
       data_dir: becomes a tfds data directory.
       name: of the data set, in snake case.
-      splits: split -> (images, labels); images may differ in size.
+      splits: split -> (images, labels); images are uint8 [H, W, Ch] and may differ in
+        size, or bytes, written as they are.
       names: of the classes; by default the number of classes is the largest label + 1.
       version: of the data set.
 
@@ -35,7 +36,8 @@ def write(
       the folder of the data set's version.
     """
     largest = max(max(labels) for _, labels in splits.values())
-    channels = next(iter(splits.values()))[0][0].shape[-1]
+    first = next(iter(splits.values()))[0][0]
+    channels = 3 if isinstance(first, bytes) else first.shape[-1]
     classes: dict[str, Any] = (
         {"names": list(names)} if names else {"num_classes": largest + 1}
     )
@@ -62,8 +64,11 @@ def write(
 
         def _generate_examples(self, split: str) -> Iterator[Any]:
             images, labels = splits[split]
-            columns = {"label": np.asarray(labels)}
-            return arrays.examples(split, images, columns)
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                encoded = isinstance(image, bytes)
+                file = io.BytesIO(image) if encoded else arrays.png(image)
+                example = {"id": f"{split}_{i:05d}", "image": file, "label": int(label)}
+                yield i, example
 
     return arrays.prepare(name, version, pathlib.Path(data_dir), Small)
 

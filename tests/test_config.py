@@ -38,6 +38,8 @@ NOT_IN_THE_HASH = {
     "checkpoint.minutes",
     "checkpoint.keep",
     "data.data_dir",
+    "data.workers",
+    "data.timeout",
 }
 MISSING = object()
 
@@ -264,6 +266,11 @@ def test_balanced_priors_switch_the_fine_tuning_off(when, prior, epochs):
 
 TOGETHER = [
     ({"data.std": (0.5, 0.5)}, "data.std"),
+    ({"data.loading": "streaming"}, "data.image_size"),
+    ({"data.image_size": 32, "data.resize": 31}, "data.resize"),
+    ({"data.crop_area": (0.0, 1.0)}, "data.crop_area"),
+    ({"data.crop_area": (0.5, 0.4)}, "data.crop_area"),
+    ({"data.crop_area": (0.5,)}, "data.crop_area"),
     ({"data.std": (0.5, 0.0, 0.5)}, "data.std"),
     ({"meta.minimum": 11.0}, "meta.minimum"),
     ({"optim.milestones": (30, 20)}, "optim.milestones"),

@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bsce_jax import log_prior, losses, methods, models, parallel, programs, training
+from bsce_jax import (
+    feed,
+    log_prior,
+    losses,
+    methods,
+    models,
+    parallel,
+    programs,
+    training,
+)
 from bsce_jax import plan as planning
 from bsce_jax.config import flatten, method_module, resolve
 from bsce_jax.defaults import default_config
@@ -90,7 +99,8 @@ def test_every_argument_of_a_file_is_a_field(name):
             with pytest.raises(UserError, match="expected one of .*il_baseline"):
                 get(module, "method=other")
             continue
-        value = "meta" if argument == "prior" else default + 1
+        value = default + ("x" if isinstance(default, str) else 1)
+        value = "meta" if argument == "prior" else value
         before, after = (
             flatten(get(module, "")),
             flatten(get(module, f"{argument}={value}")),
@@ -417,7 +427,8 @@ def test_the_documented_loss_term_enters_the_loss_after_the_base_step(
     def loss(step, context):
         planned = plan(step=step, train=np.arange(9, dtype=np.int32), batch_size=9)
         placed = parallel.replicate(built.parallel, (state, context, data))
-        _, metrics = training.call(built, *placed, planned, 0, 1)
+        images = feed.Resident(built.parallel, placed[2])
+        _, metrics = training.call(built, *placed[:2], images, planned, 0, 1)
         return float(metrics["loss"][0])
 
     images = (data.images[:9].astype(np.float32) / 255 - 0.5) / 0.5
@@ -449,7 +460,7 @@ def test_the_documented_data_set_is_prepared_and_loads(tmp_path, monkeypatch, ca
     np.testing.assert_array_equal(found.images_per_class, [20] * 4)
     key = operator.methodcaller("tobytes")
     pairs = {(key(i), int(n)) for i, n in zip(images, labels, strict=True)}
-    read = zip(found.train_images, found.train_labels, strict=True)
+    read = zip(found.train.images, found.train_labels, strict=True)
     assert {(key(i), int(n)) for i, n in read} == pairs
 
 

@@ -77,30 +77,51 @@ def test_an_epoch_visits_every_image_once(
     n=SIZES,
     batch_size=SIZES,
     start=st.integers(0, 50),
-    count=st.integers(0, 6),
-    spare=st.integers(0, 3),
+    width=st.integers(1, 6),
+    epochs=st.integers(1, 3),
 )
-def test_a_chunk_stacks_the_batches_of_its_updates(
-    n: int, batch_size: int, start: int, count: int, spare: int
+def test_a_group_stacks_consecutive_batches_and_fills_the_last(
+    n: int, batch_size: int, start: int, width: int, epochs: int
 ) -> None:
     indices = source_rows(n)
-    where = {"seed": 4, "step": 2}
-    found, valid = batches.chunk(
-        indices, batch_size, start, count, count + spare, **where
-    )
-    assert found.shape == valid.shape == (count + spare, batch_size)
+    plan = batches.Shuffled(indices, batch_size, epochs, seed=4, step=2)
+    assert len(plan) == epochs * batches.updates_per_epoch(n, batch_size)
+    start %= len(plan)
+    found, valid = batches.group(plan, start, width)
+    assert found.shape == valid.shape == (width, batch_size)
     assert (found.dtype, valid.dtype) == (np.int32, np.float32)
+    count = min(width, len(plan) - start)
     for i in reversed(range(count)):  # in another order: no history
-        expected = batches.rows(indices, batch_size, start + i, **where)
+        expected = batches.rows(indices, batch_size, start + i, seed=4, step=2)
         np.testing.assert_array_equal(found[i], expected[0])
         np.testing.assert_array_equal(valid[i], expected[1])
     assert not found[count:].any() and not valid[count:].any()
 
 
-def test_a_chunk_never_drops_updates() -> None:
-    for count in (-1, 3):
-        with pytest.raises(ValueError, match=f"count: {count} is not allowed"):
-            batches.chunk(source_rows(9), 2, 0, count, 2, seed=0, step=0)
+@plans
+@given(n=SIZES, batch_size=SIZES)
+def test_images_in_order_come_once_each(n: int, batch_size: int) -> None:
+    indices = source_rows(n)
+    plan = batches.InOrder(indices, batch_size)
+    found, valid = batches.group(plan, 0, len(plan))
+    np.testing.assert_array_equal(found[valid > 0], indices)
+    assert valid.size == len(plan) * batch_size < n + batch_size
+    assert plan.key(0) is None
+
+
+def test_keys_of_crops_differ_between_batches_and_purposes() -> None:
+    sampled = sampling.classes(np.array([0, 0, 0, 1]))
+    plain = batches.Shuffled(source_rows(7), 2, 3, seed=1, step=2, first_epoch=5)
+    other = batches.Shuffled(source_rows(4), 2, 3, 1, 2, sampler=sampled)
+    held_out = batches.Cycled(source_rows(7), 2, 8, seed=1, step=2)
+    assert plain.per_epoch == 4 and other.per_epoch == 3 and len(other) == 9
+    assert plain.key(0)[:4] == (1, 2, 5, 0) and plain.key(9)[:4] == (1, 2, 7, 1)
+    keys = [plan.key(i) for plan in (plain, held_out) for i in range(len(plan))]
+    assert len(set(keys)) == 20
+    indices, valid = held_out[3]
+    expected = batches.cycled_rows(source_rows(7), 2, 3, seed=1, step=2)
+    np.testing.assert_array_equal(indices, expected)
+    assert valid.all()
 
 
 @plans

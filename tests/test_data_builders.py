@@ -111,6 +111,9 @@ def test_cifar100_is_prepared_and_read_back(
         pixels = records[:, 2:].reshape(40, 3, 32, 32).transpose(0, 2, 3, 1)
         np.testing.assert_array_equal(np.sort(labels), np.arange(40))
         np.testing.assert_array_equal(images, pixels[labels])
+        index = np.load(folder / f"labels-{split}.npy", allow_pickle=False)
+        np.testing.assert_array_equal(index, labels)
+        assert index.dtype == np.int32
     records, features = source.open_split("cifar100", "test", str(tmp_path))
     assert features.features["coarse_label"].names == datasets.cifar100_names()[0]
     assert source.class_names("cifar100", str(tmp_path))[41] == "fine_41"

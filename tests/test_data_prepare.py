@@ -3,6 +3,7 @@
 import hashlib
 import pathlib
 
+import numpy as np
 import pytest
 
 from bsce_jax.data import prepare, resident
@@ -101,7 +102,8 @@ def test_a_missing_archive_is_one_line_and_status_2(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     absent = str(tmp_path / "absent.tar.gz")
-    assert prepare.main(["cifar100", "--archive", absent]) == 2
+    words = ["cifar100", "--archive", absent, "--data_dir", str(tmp_path)]
+    assert prepare.main(words) == 2
     assert f"archive {absent} cannot be read: No such file" in capsys.readouterr().err
 
 
@@ -112,4 +114,55 @@ def test_digits_are_prepared(
     said = capsys.readouterr()
     assert said.out == f"digits is prepared in {tmp_path / 'digits' / '1.0.0'}\n"
     assert said.err == ""  # not a terminal: no progress bar
-    assert prepare.main(["digits", "--archive", "x"]) == 2
+    with pytest.raises(SystemExit) as status:
+        prepare.main(["digits", "--archive", "x"])
+    assert status.value.code == 2
+
+
+def test_what_is_there_is_said_to_be(
+    served: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("digits", "cifar100"):
+        assert prepare.main([name, "--data_dir", str(tmp_path)]) == 0
+        assert f"{name} is prepared in {tmp_path}" in capsys.readouterr().out
+        assert prepare.main([name, "--data_dir", str(tmp_path)]) == 0
+        assert f"{name} was prepared before in {tmp_path}" in capsys.readouterr().out
+
+
+def test_an_index_is_written_for_every_split(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare.main(["digits", "--data_dir", str(tmp_path)])
+    folder = tmp_path / "digits" / "1.0.0"
+    before = {path: path.read_bytes() for path in sorted(folder.glob("*.npy"))}
+    assert [path.name for path in before] == ["labels-test.npy", "labels-train.npy"]
+    for path in before:
+        path.unlink()
+    capsys.readouterr()
+    assert prepare.main(["index", "digits", "--data_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"digits has a label index of every split in {folder}\n"
+    assert said.err == ""
+    assert {path: path.read_bytes() for path in sorted(folder.glob("*.npy"))} == before
+
+
+def test_an_index_needs_a_data_set_whole_and_writable(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["index", "my_birds", "--data_dir", str(tmp_path)]
+    assert prepare.main(words) == 2
+    assert "'my_birds' is not on this machine" in capsys.readouterr().err
+    images = [np.zeros((4, 5, 3), np.uint8)] * 3
+    folder = datasets.write(tmp_path, "my_birds", {"train": (images, [2, 0, 1])})
+    index = folder / "labels-train.npy"
+    index.unlink()
+    index.mkdir()
+    assert prepare.main(words) == 2
+    assert "label index of my_birds cannot be written: " in capsys.readouterr().err
+    assert [path.name for path in folder.glob("*labels-train*")] == [index.name]
+    index.rmdir()
+    records = next(folder.glob("*array_record*"))
+    records.write_bytes(records.read_bytes()[:-1])
+    assert prepare.main(words) == 2
+    assert f"shard {records} is damaged or cut short" in capsys.readouterr().err
+    assert not index.exists()

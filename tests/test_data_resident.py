@@ -187,3 +187,14 @@ def test_real_cifar100_survives_every_pixel(
         order = np.argsort([record["id"] for record in records])
         found = hashlib.sha256(np.ascontiguousarray(images[order]).tobytes())
         assert found.hexdigest() == expected
+
+
+def test_an_image_that_is_none_is_named(tmp_path: pathlib.Path) -> None:
+    rng = np.random.default_rng(0)
+    good = datasets.arrays.png(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8)).read()
+    split = ([good, good[: len(good) // 2], good], [0, 1, 0])
+    datasets.write(tmp_path, "torn", {"train": split})
+    with pytest.raises(
+        UserError, match="image train_00001 of torn cannot be decoded: .*truncated"
+    ):
+        resident.load("torn", "train", str(tmp_path))

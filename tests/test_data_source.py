@@ -182,7 +182,9 @@ def test_sub_splits_are_read(digits_dir: str) -> None:
     ("name", "command"),
     [
         ("cifar100", "python -m bsce_jax.data.prepare cifar100 --data_dir {}"),
-        ("imagenet2012", "pip install 'bsce_jax\\[prepare\\]' && python -c .*imagenet"),
+        ("imagenet2012", "prepare image_folder --name imagenet2012 --train FOLDER"),
+        ("my_birds", "image_folder --name my_birds .* --data_dir {}"),
+        ("mnist:3.0.1", "pip install 'bsce_jax\\[prepare\\]' && python -c .*mnist"),
     ],
 )
 def test_what_is_not_prepared_is_one_line_at_once(
@@ -192,7 +194,7 @@ def test_what_is_not_prepared_is_one_line_at_once(
     with pytest.raises(UserError, match=command.format(tmp_path)) as caught:
         source.open_split(name, "train", str(tmp_path))
     assert time.monotonic() - started < 5
-    assert f"{tmp_path}/{name}" in str(caught.value)
+    assert f"{tmp_path}/{name.partition(':')[0]}" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -208,7 +210,9 @@ def test_tfrecord_is_refused(tmp_path: pathlib.Path) -> None:
     path.write_text(
         json.dumps(json.loads(path.read_text()) | {"fileFormat": "tfrecord"})
     )
-    with pytest.raises(UserError, match="tfrecord.* array_record: .*tfds.builder"):
+    with pytest.raises(
+        UserError, match="tfrecord.* array_record: .*image_folder --name small"
+    ):
         source.open_split("small", "train", str(tmp_path))
 
 

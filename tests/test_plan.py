@@ -40,11 +40,15 @@ def dataset(counts, base: int, steps: int, seed: int = 0) -> plan.Dataset:
     labels = np.random.default_rng(seed).permutation(
         np.repeat(np.arange(classes), counts)
     )
+
+    def split(name, labels):
+        images = np.zeros((len(labels), 2, 2, 1), np.uint8)
+        return plan.Split(name, np.arange(len(labels)), labels.astype(np.int32), images)
+
     return plan.Dataset(
-        np.zeros((len(labels), 2, 2, 1), np.uint8),
-        labels.astype(np.int32),
-        np.zeros((classes, 2, 2, 1), np.uint8),
-        np.arange(classes, dtype=np.int32),
+        split("train", labels),
+        split("test", np.arange(classes)),
+        (2, 2, 1),
         tuple(f"class {i}" for i in range(classes)),
         np.arange(classes)[::-1],
         class_groups(classes, base, steps),
@@ -430,19 +434,19 @@ def test_load_puts_the_classes_in_order(marked):
     assert data.groups == (range(2), range(2, 4), range(4, 6))
     np.testing.assert_array_equal(data.images_per_class, [7, 9, 5, 10, 8, 6])
     for images, labels in (
-        (data.train_images, data.train_labels),
-        (data.test_images, data.test_labels),
+        (data.train.images, data.train_labels),
+        (data.test.images, data.test_labels),
     ):
         np.testing.assert_array_equal(np.array(order)[labels], images[:, 0, 0, 0])
     assert len(data.test_labels) == 18
-    assert all(test == 1 for _, _, test in marks(data.test_images))
+    assert all(test == 1 for _, _, test in marks(data.test.images))
 
 
 def test_validation_fraction_evaluates_held_out_training_images(marked):
-    everything = marks(plan.load(marked()).train_images)
+    everything = marks(plan.load(marked()).train.images)
     held_back = {"data__validation_fraction": 0.3, "memory__per_class": 2}
     data = plan.load(marked(**held_back))
-    train, held = marks(data.train_images), marks(data.test_images)
+    train, held = marks(data.train.images), marks(data.test.images)
     assert not train & held and train | held == everything
     assert all(test == 0 for _, _, test in held)
     sizes = np.array([7, 9, 5, 10, 8, 6])
@@ -451,14 +455,14 @@ def test_validation_fraction_evaluates_held_out_training_images(marked):
     np.testing.assert_array_equal(data.images_per_class, sizes - held_out)
     order = np.array([3, 1, 5, 0, 2, 4])
     for images, labels in (
-        (data.train_images, data.train_labels),
-        (data.test_images, data.test_labels),
+        (data.train.images, data.train_labels),
+        (data.test.images, data.test_labels),
     ):
         np.testing.assert_array_equal(order[labels], images[:, 0, 0, 0])
     again = plan.load(marked(**held_back))
-    assert marks(again.test_images) == held
+    assert marks(again.test.images) == held
     other = plan.load(marked(**held_back, seed=5))
-    assert marks(other.test_images) != held
+    assert marks(other.test.images) != held
 
 
 def test_max_per_class_keeps_the_first_images_of_each_class(marked):
@@ -467,7 +471,7 @@ def test_max_per_class_keeps_the_first_images_of_each_class(marked):
     np.testing.assert_array_equal(data.images_per_class, [6, 6, 5, 6, 6, 6])
     for position in range(6):
         own, all_own = (
-            d.train_images[d.train_labels == position] for d in (data, everything)
+            d.train.images[d.train_labels == position] for d in (data, everything)
         )
         np.testing.assert_array_equal(own, all_own[: len(own)])
     assert len(data.test_labels) == 18  # test images are never cut

@@ -42,10 +42,13 @@ METHODS = {
             "pod_flat": ({}, 1.5),
         },
     ),
-}
-WEIGHTS = {
-    head: {name: weight for name, (_, weight) in chosen.items()}
-    for head, chosen in METHODS.values()
+    "table6": (  # in one program, though no method has both
+        "linear",
+        {
+            "separated_softmax_ce": ({}, 1.0),
+            "softmax_ce": ({"rescale": True}, 0.5),
+        },
+    ),
 }
 
 
@@ -69,7 +72,7 @@ def program(dtype, meta=True, method="il_baseline") -> steps.Program:
     )
 
 
-def example(program: steps.Program, dtype, seed=0):
+def example(program: steps.Program, dtype, seed=0, method="il_baseline"):
     """State, context, data and a plan of UPDATES updates, the last batch partial."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8)
@@ -98,7 +101,7 @@ def example(program: steps.Program, dtype, seed=0):
         task_ids=np.zeros(CLASSES, np.int32),
         weights={
             term.name: np.asarray(
-                WEIGHTS[program.model.head].get(term.name, 1.0), dtype
+                METHODS[method][1].get(term.name, ({}, 1.0))[1], dtype
             )
             for term in program.terms
         },
@@ -163,11 +166,17 @@ def assert_close(a, b, rtol):
 
 @pytest.mark.parametrize(
     ("method", "meta"),
-    [("il_baseline", False), ("il_baseline", True), ("lucir", True), ("podnet", True)],
+    [
+        ("il_baseline", False),
+        ("il_baseline", True),
+        ("lucir", True),
+        ("podnet", True),
+        ("table6", False),
+    ],
 )
 def test_one_device_jit_8_and_pmap_8_give_the_same_update(x64, method, meta):
     tested = program(jnp.float64, meta, method)
-    arguments = example(tested, np.float64)
+    arguments = example(tested, np.float64, method=method)
     one = run(tested, "jit", jax.devices()[:1], arguments)
     for mode in ("jit", "pmap"):
         eight = run(tested, mode, jax.devices()[:8], arguments)
@@ -264,7 +273,7 @@ def test_unseen_rows_never_move_over_many_updates(x64):
 def test_frozen_rows_stay_against_gradient_decay_and_momentum(x64, method):
     """Old rows of the head do not move by a bit; the learned scale does."""
     tested = program(jnp.float64, meta=False, method=method)
-    state, context, *rest = example(tested, np.float64)
+    state, context, *rest = example(tested, np.float64, method=method)
     momentum = jax.tree.map(jnp.ones_like, state.opt_state)
     scale = optim.update_scale(state.params, context.seen & ~context.old)
     arguments = (
@@ -283,7 +292,7 @@ def test_frozen_rows_stay_against_gradient_decay_and_momentum(x64, method):
 def test_fine_tuning_moves_the_rows_of_the_head_alone(x64, batch_norm):
     """As the main training restricted to the head, without the rest's backward pass."""
     tested = program(jnp.float64, meta=False, method="podnet")
-    state, context, *rest = example(tested, np.float64)
+    state, context, *rest = example(tested, np.float64, method="podnet")
     scale = optim.update_scale(state.params, context.seen, rest=0.0, scalars=0.0)
     arguments = (state, context.replace(update_scale=scale), *rest)
     one = jax.devices()[:1]
@@ -313,7 +322,7 @@ def test_fine_tuning_moves_the_rows_of_the_head_alone(x64, batch_norm):
 def test_without_old_samples_the_ranking_term_vanishes_exactly(x64):
     """No memory: the update is that without the term, bit for bit."""
     tested = program(jnp.float64, meta=False, method="lucir")
-    state, context, data, *rest = example(tested, np.float64)
+    state, context, data, *rest = example(tested, np.float64, method="lucir")
     data = data.replace(labels=(OLD + data.labels % (SEEN - OLD)).astype(np.int32))
     arguments = (state, context, data, *rest)
     kept = tuple(term for term in tested.terms if term.name != "margin_ranking")
@@ -417,13 +426,14 @@ def test_evaluate_predicts_among_seen_classes_only():
     bias = jnp.zeros(CLASSES).at[CLASSES - 1].set(100.0)
     params = {**state.params, "head": {**state.params["head"], "bias": bias}}
     evaluate = jax.jit(steps.make_evaluate(tested))
-    predicted, top5, features = evaluate(
+    valid, predicted, top5, features = evaluate(
         params, state.batch_stats, context.seen, data, rows
     )
+    np.testing.assert_array_equal(valid, rows.valid)
     assert features.shape == (1, BATCH, 4)
     assert predicted.shape == (1, BATCH) and int(predicted.max()) < SEEN
     assert bool(top5.all())  # five classes are seen
-    predicted, *_ = evaluate(
+    _, predicted, *_ = evaluate(
         params, state.batch_stats, np.ones(CLASSES, bool), data, rows
     )
     assert (predicted == CLASSES - 1).all()

@@ -76,7 +76,7 @@ def run(table: str, row: str, column: str) -> ConfigDict:
 
 @functools.cache
 def _resolved(file: str, overrides: tuple[str, ...]) -> ConfigDict:
-    config, _ = parse(["main", f"--config={file}", *overrides])
+    config = parse(["main", f"--config={file}", *overrides]).config
     return resolve(config)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bsce_jax import log_prior, optim, parallel, programs, training
+from bsce_jax import feed, log_prior, optim, parallel, programs, training
 from bsce_jax.config import resolve
 from bsce_jax.data import batches
 from bsce_jax.defaults import default_config
@@ -159,7 +159,7 @@ class Recorder:
 def fit(recorder, plan, history=None, *, state=None, wanted=(), stop_after=math.inf):
     """Runs training.fit; returns the state, history, saves and images of each call.
 
-    `wanted` are the numbers of updates after which after_call asks to save, and
+    `wanted` are the numbers of updates in the history at which it is time to save, and
     `stop_after` the number of calls after which the run is asked to stop.
     """
     history = training.History() if history is None else history
@@ -168,7 +168,6 @@ def fit(recorder, plan, history=None, *, state=None, wanted=(), stop_after=math.
     def after_call(seen, n):
         assert seen is history
         images.append((seen.updates, n))
-        return seen.updates in wanted
 
     def save(state, seen):
         assert seen is history
@@ -177,16 +176,17 @@ def fit(recorder, plan, history=None, *, state=None, wanted=(), stop_after=math.
     def stop():
         nonlocal calls
         calls += 1
-        return calls >= stop_after
+        return 15 if calls >= stop_after else 0
 
     result = training.fit(
         recorder,
         {"done": history.updates} if state is None else state,
         "context",
-        "data",
+        feed.Resident(recorder.parallel, "data"),
         plan,
         history,
         after_call=after_call,
+        due=lambda: history.updates in wanted,
         save=save,
         stop=stop,
     )
@@ -277,8 +277,8 @@ def test_batches_of_the_held_out_images_follow_one_another(updates_per_call):
         if call.name == "meta_update":
             assert call.first % 2 == 0
             assert call.held_out.indices.shape == (-(-updates_per_call // 2), 6)
-            assert call.held_out.valid.all()
             groups = -(-call.count // 2)
+            assert call.held_out.valid[:groups].all()
             drawn.extend(call.held_out.indices[:groups])
     assert len(drawn) == 5
     joined = np.concatenate(drawn)
@@ -292,10 +292,12 @@ def test_batches_of_the_held_out_images_follow_one_another(updates_per_call):
 @pytest.mark.parametrize("updates_per_call", [1, 2])
 def test_a_save_holds_a_state_and_the_history_that_belongs_to_it(updates_per_call):
     recorder = Recorder(updates_per_call)
-    _, history, saves, images = fit(recorder, plan(), wanted={2, 6})
+    _, history, saves, images = fit(recorder, plan(), wanted={2, 4})
     assert [s["done"] for s, _ in saves] == [h["updates"] for _, h in saves]
-    # Asked for by the metrics of a call, done after the next one, already dispatched.
-    assert [s["done"] for s, _ in saves] == [2 + updates_per_call, 6 + updates_per_call]
+    # Asked for while a call is in flight, agreed on with its metrics, done after the
+    # next one, already dispatched.
+    late = 2 * updates_per_call
+    assert [s["done"] for s, _ in saves] == [2 + late, 4 + late]
     assert [u for u, _ in images] == [*range(updates_per_call, 9, updates_per_call), 9][
         : len(images)
     ]
@@ -303,7 +305,7 @@ def test_a_save_holds_a_state_and_the_history_that_belongs_to_it(updates_per_cal
     assert history == undisturbed
 
 
-@pytest.mark.parametrize("calls", range(1, 10))
+@pytest.mark.parametrize("calls", range(1, 9))
 def test_stop_saves_first_and_the_run_goes_on_as_if_undisturbed(calls):
     planned = plan(meta=True)
     history = training.History()
@@ -314,26 +316,29 @@ def test_stop_saves_first_and_the_run_goes_on_as_if_undisturbed(calls):
 
     number = iter(range(1, 100))
     with pytest.raises(
-        training.StopRequested, match=f"stopped in step 1 after update {calls}; saved"
-    ):
+        training.StopRequested,
+        match=f"stopped in step 1 after update {calls + 1}; saved",
+    ) as stopped:
         training.fit(
-            Recorder(),
+            (recorder := Recorder()),
             {"done": 0},
             "context",
-            "data",
+            feed.Resident(recorder.parallel, "data"),
             planned,
             history,
-            after_call=lambda history, images: False,
+            after_call=lambda history, images: None,
+            due=lambda: False,
             save=save,
-            stop=lambda: next(number) >= calls,
+            stop=lambda: 15 * (next(number) >= calls),
         )
+    assert stopped.value.number == 15
     ((state, saved),) = saves
-    assert state["done"] == saved["updates"] == calls
+    assert state["done"] == saved["updates"] == calls + 1
     resumed = training.History(**json.loads(json.dumps(saved)))
     recorder = Recorder()
     result, resumed, _, _ = fit(recorder, planned, resumed)
     assert result["done"] == 9 and [c.first for c in recorder.calls] == [
-        *range(calls, 9)
+        *range(calls + 1, 9)
     ]
     _, undisturbed, _, _ = fit(Recorder(), planned)
     assert resumed == undisturbed
@@ -368,14 +373,15 @@ def test_nothing_is_saved_after_a_loss_that_is_not_finite():
             recorder,
             {"done": 0},
             "context",
-            "data",
+            feed.Resident(recorder.parallel, "data"),
             plan(),
             training.History(),
-            after_call=lambda history, images: True,
+            after_call=lambda history, images: None,
+            due=lambda: True,
             save=lambda state, history: saves.append(history.updates),
-            stop=lambda: False,
+            stop=lambda: 0,
         )
-    assert saves == [2, 4]
+    assert saves == [2, 3, 4]
 
 
 # From here on with compiled programs, of a network small enough to compile in seconds.
@@ -466,12 +472,13 @@ def train(built, arguments, plan, history=None, stop_after=math.inf):
             built,
             state,
             context,
-            data,
+            feed.Resident(built.parallel, data),
             plan,
             history,
-            after_call=lambda history, images: False,
+            after_call=lambda history, images: None,
+            due=lambda: False,
             save=lambda state, history: saved.append(jax.device_get(state)),
-            stop=lambda: next(number) >= stop_after,
+            stop=lambda: 15 * (next(number) >= stop_after),
         )
     except training.StopRequested:
         (state,) = saved
@@ -567,8 +574,8 @@ def test_a_run_resumed_at_any_update_has_the_same_bits(built, updates_per_call):
     planned = small_plan(meta=True)
     expected, undisturbed = train(made, arguments, planned)
     assert not same_bits(expected.params, arguments[0].params)
-    for calls in range(1, -(-planned.updates // updates_per_call)):
-        state, history = train(made, arguments, planned, stop_after=calls)
+    for calls in range(2, -(-planned.updates // updates_per_call)):
+        state, history = train(made, arguments, planned, stop_after=calls - 1)
         assert history.updates == calls * updates_per_call
         assert not same_bits(state.params, expected.params)
         history = training.History(
@@ -583,15 +590,16 @@ def test_alpha_of_every_epoch_is_recorded(built):
     arguments = example("float32")
     planned = small_plan(meta=True)
     _, history = train(made, arguments, planned)
-    after = [  # alpha after each update, from runs stopped there
-        float(train(made, arguments, planned, stop_after=calls)[0].alpha)
-        for calls in range(1, planned.updates)
-    ]
+    after = {  # alpha after so many updates, from runs stopped there
+        done: float(train(made, arguments, planned, stop_after=done - 1)[0].alpha)
+        for done in range(2, planned.updates)
+    }
     assert [update for update, _ in history.alpha] == [3, 6, 9]
-    assert [alpha for _, alpha in history.alpha[:2]] == [after[2], after[5]]
+    assert [alpha for _, alpha in history.alpha[:2]] == [after[3], after[6]]
     # Updated with updates 0, 2, 4, ...: counted over the step, not over the epoch.
-    moved = [a != b for a, b in zip([1.0, *after[:-1]], after, strict=True)]
-    assert moved == [u % 2 == 0 for u in range(8)]
+    assert after[2] != 1.0
+    moved = [after[done] != after[done - 1] for done in range(3, planned.updates)]
+    assert moved == [done % 2 == 1 for done in range(3, planned.updates)]
     plain = train(made, arguments, small_plan(meta=False))
     assert plain[1].alpha == [] and plain[0].alpha == 1.0
 

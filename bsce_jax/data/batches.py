@@ -6,7 +6,9 @@ before: a run that is resumed at any update sees the batches it would have seen.
 positions in a random-access source or in resident images.
 """
 
+import dataclasses
 import functools
+from typing import Protocol
 
 import numpy as np
 
@@ -89,50 +91,6 @@ def rows(
     return found, valid
 
 
-def chunk(
-    indices: np.ndarray,
-    batch_size: int,
-    start: int,
-    count: int,
-    size: int,
-    *,
-    seed: int,
-    step: int,
-    first_epoch: int = 0,
-    sampler: Sampler | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the batches of consecutive updates, stacked for a compiled loop.
-
-    Args:
-      indices, batch_size, seed, step, first_epoch, sampler: as in `rows`.
-      start: first update.
-      count: number of updates, 0 to size.
-      size: U, the fixed length of a chunk.
-
-    Returns:
-      source indices [U, B] int32 and valid [U, B] float32; updates after the first
-      `count` are all padding.
-
-    Raises:
-      ValueError: count is not in [0, size].
-    """
-    if not 0 <= count <= size:
-        raise ValueError(f"count: {count} is not allowed, 0 to {size} (size) is")
-    found = np.zeros((size, batch_size), np.int32)
-    valid = np.zeros((size, batch_size), np.float32)
-    for i in range(count):
-        found[i], valid[i] = rows(
-            indices,
-            batch_size,
-            start + i,
-            seed=seed,
-            step=step,
-            first_epoch=first_epoch,
-            sampler=sampler,
-        )
-    return found, valid
-
-
 def cycled_rows(
     indices: np.ndarray, batch_size: int, draw: int, *, seed: int, step: int
 ) -> np.ndarray:
@@ -153,3 +111,132 @@ def cycled_rows(
         parts.append(indices[order[offset : offset + taken]])
         position += taken
     return np.concatenate(parts).astype(np.int32)
+
+
+class Batches(Protocol):
+    """A sequence of batches of one size; picklable, for processes that read ahead."""
+
+    @property
+    def size(self) -> int:
+        """B, rows of every batch."""
+
+    def __len__(self) -> int:
+        """Number of batches."""
+
+    def __getitem__(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices [B] int32 and valid [B] float32, as `rows` returns them."""
+
+    def key(self, batch: int) -> tuple[int, ...] | None:
+        """What random crops of the batch depend on; None where nothing is random."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shuffled:
+    """The batches of a phase of a step, epoch after epoch; see `rows`.
+
+    Attributes:
+      indices, size, seed, step, first_epoch, sampler: as in `rows`.
+      epochs: of the phase.
+    """
+
+    indices: np.ndarray
+    size: int
+    epochs: int
+    seed: int
+    step: int
+    first_epoch: int = 0
+    sampler: Sampler | None = None
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of an epoch, the last partial one included."""
+        images = self.sampler.draws if self.sampler else len(self.indices)
+        return updates_per_epoch(images, self.size)
+
+    def __len__(self) -> int:
+        """Batches of all epochs."""
+        return self.epochs * self.per_epoch
+
+    def __getitem__(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of one update."""
+        return rows(
+            self.indices,
+            self.size,
+            batch,
+            seed=self.seed,
+            step=self.step,
+            first_epoch=self.first_epoch,
+            sampler=self.sampler,
+        )
+
+    def key(self, batch: int) -> tuple[int, ...]:
+        """Seed, step, epoch and update in it."""
+        epoch, update = divmod(batch, self.per_epoch)
+        return self.seed, self.step, self.first_epoch + epoch, update, TRAINING
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cycled:
+    """Draws of Meta's held-out images, `length` of them; see `cycled_rows`."""
+
+    indices: np.ndarray
+    size: int
+    length: int
+    seed: int
+    step: int
+
+    def __len__(self) -> int:
+        """Number of draws."""
+        return self.length
+
+    def __getitem__(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """One draw; every row is valid."""
+        found = cycled_rows(
+            self.indices, self.size, batch, seed=self.seed, step=self.step
+        )
+        return found, np.ones(self.size, np.float32)
+
+    def key(self, batch: int) -> tuple[int, ...]:
+        """Seed, step and draw."""
+        return self.seed, self.step, batch, 0, CYCLED
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class InOrder:
+    """Images one after another, for evaluation and features."""
+
+    indices: np.ndarray
+    size: int
+
+    def __len__(self) -> int:
+        """Batches, the last partial one included."""
+        return updates_per_epoch(len(self.indices), self.size)
+
+    def __getitem__(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next images."""
+        chosen = self.indices[batch * self.size : (batch + 1) * self.size]
+        found = np.zeros(self.size, np.int32)
+        found[: len(chosen)] = chosen
+        return found, (np.arange(self.size) < len(chosen)).astype(np.float32)
+
+    def key(self, batch: int) -> None:
+        """Nothing is random."""
+
+
+def group(batches: Batches, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Consecutive batches, stacked for a compiled loop.
+
+    Args:
+      batches: the sequence.
+      start: first batch.
+      width: U, the fixed length of a group.
+
+    Returns:
+      indices [U, B] int32 and valid [U, B] float32; batches after the last are all
+      padding.
+    """
+    indices = np.zeros((width, batches.size), np.int32)
+    valid = np.zeros((width, batches.size), np.float32)
+    for i in range(min(width, len(batches) - start)):
+        indices[i], valid[i] = batches[start + i]
+    return indices, valid

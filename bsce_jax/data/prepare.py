@@ -1,9 +1,13 @@
 """Prepares a data set once, without TensorFlow.
 
-    python -m bsce_jax.data.prepare {digits,cifar100} [--data_dir DIR] [--archive PATH]
+    python -m bsce_jax.data.prepare digits
+    python -m bsce_jax.data.prepare cifar100 [--archive cifar-100-binary.tar.gz]
+    python -m bsce_jax.data.prepare image_folder --name my_birds --train FOLDER
+    python -m bsce_jax.data.prepare index imagenet2012
 
-CIFAR-100 comes from its authors' site (169 MB), or from a copy of the same file,
-cifar-100-binary.tar.gz, given by --archive.
+CIFAR-100 comes from its authors' site (169 MB), or from a copy of the same file.
+`image_folder` prepares anyone's JPEG and PNG images, in one folder a class; `index`
+writes beside a large data set that other code has prepared of what class each image is.
 """
 
 import argparse
@@ -13,12 +17,13 @@ import pathlib
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from bsce_jax.data import source
-from bsce_jax.data.builders import cifar100, digits
+from bsce_jax.data.builders import cifar100, digits, image_folder
 from bsce_jax.errors import UserError
 
 BLOCK = 1 << 20  # bytes read at a time
@@ -101,29 +106,115 @@ def check(path: pathlib.Path, size: int, sha256: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit status: 0, or 2 after an error."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(options.run(options))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bsce_jax.data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=["digits", "cifar100"])
-    parser.add_argument(
-        "--data_dir", default="", help="$TFDS_DATA_DIR or ~/tensorflow_datasets"
+    actions = parser.add_subparsers(required=True, metavar="DATA_SET")
+
+    def add(name: str, run: Callable[..., str], text: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument(
+            "--data_dir", default="", help="$TFDS_DATA_DIR or ~/tensorflow_datasets"
+        )
+        action.set_defaults(run=run)
+        return action
+
+    add("digits", _digits, "8x8 digits, which scikit-learn ships")
+    cifar = add("cifar100", _cifar100, "CIFAR-100")
+    cifar.add_argument("--archive", default="", help="cifar-100-binary.tar.gz")
+    folder = add("image_folder", _image_folder, "a folder of class folders")
+    folder.add_argument("--name", required=True, help="of the data set, like my_birds")
+    folder.add_argument("--train", required=True, help="folder of class folders")
+    folder.add_argument("--test", default="", help="folder of the same class folders")
+    folder.add_argument(
+        "--test_fraction",
+        type=float,
+        help="without --test: share of every class's images (0.2)",
     )
-    parser.add_argument("--archive", default="", help="cifar-100-binary.tar.gz")
-    options = parser.parse_args(arguments)
-    try:
-        if options.name == "cifar100":
-            folder = prepare_cifar100(options.data_dir, options.archive)
-        elif options.archive:
-            raise UserError("--archive: digits needs none, they are in scikit-learn")
-        else:
-            folder = digits.prepare(source.root(options.data_dir))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.name} is prepared in {folder}")
-    return 0
+    folder.add_argument("--seed", type=int, default=0, help="of that share (0)")
+    folder.add_argument(
+        "--test_name",
+        default="",
+        help="name of the split (test; validation for imagenet2012)",
+    )
+    for flag, what in (
+        ("--corrupt", "files that are no whole images"),
+        ("--other_files", "files other than .jpg, .jpeg and .png"),
+    ):
+        choices = ["refuse", "skip"]
+        folder.add_argument(flag, choices=choices, default="refuse", help=what)
+    index = add("index", _index, "label index of a prepared data set")
+    index.add_argument("name", help="such as imagenet2012, imagenet2012:5.1.0")
+    return parser
+
+
+def _digits(options: argparse.Namespace) -> str:
+    root = source.root(options.data_dir)
+    return _prepared(
+        root, "digits", digits.Digits.VERSION, lambda: digits.prepare(root)
+    )
+
+
+def _cifar100(options: argparse.Namespace) -> str:
+    return _prepared(
+        source.root(options.data_dir),
+        "cifar100",
+        cifar100.Cifar100.VERSION,
+        lambda: prepare_cifar100(options.data_dir, options.archive),
+    )
+
+
+def _image_folder(options: argparse.Namespace) -> str:
+    if options.test and options.test_fraction is not None:
+        raise UserError("--test_fraction: not allowed beside --test")
+    root = source.root(options.data_dir)
+
+    def run() -> pathlib.Path:
+        fraction = options.test_fraction
+        return image_folder.prepare(
+            options.name,
+            root,
+            options.train,
+            options.test,
+            test_name=options.test_name,
+            test_fraction=0.2 if fraction is None else fraction,
+            seed=options.seed,
+            skip_corrupt=options.corrupt == "skip",
+            skip_others=options.other_files == "skip",
+        )
+
+    said = _prepared(root, options.name, image_folder.VERSION, run)
+    left_out = root / options.name / image_folder.VERSION / image_folder.LEFT_OUT
+    if left_out.is_file():
+        said += f", without the files in {left_out}"
+    return said
+
+
+def _prepared(
+    root: pathlib.Path, name: str, version: Any, run: Callable[[], pathlib.Path]
+) -> str:
+    """Prepares what is not there yet, and says so."""
+    folder = root / name / str(version)
+    if folder.is_dir():
+        return f"{name} was prepared before in {folder}: nothing is done"
+    return f"{name} is prepared in {run()}"
+
+
+def _index(options: argparse.Namespace) -> str:
+    folder = source.write_indexes(options.name, options.data_dir)
+    return f"{options.name} has a label index of every split in {folder}"
 
 
 if __name__ == "__main__":

@@ -46,13 +46,22 @@ def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arra
         raise UserError(f"split {split!r} of {name} is empty")
     mode = _mode(info)
     encoded, _ = pairs[0]
-    first = _decode(encoded, mode, image_size)
+
+    def decode(row: int, encoded: bytes) -> np.ndarray:
+        try:
+            return _decode(encoded, mode, image_size)
+        except (OSError, SyntaxError) as error:  # what Pillow raises
+            raise UserError(
+                f"image {pairs.name(row)} of {name} cannot be decoded: {error}"
+            ) from None
+
+    first = decode(0, encoded)
     images = np.empty((len(pairs), *first.shape), np.uint8)
     labels = np.empty(len(pairs), np.int32)
 
     def read(rows: range) -> int:
         for row, pair in zip(rows, pairs.__getitems__(rows), strict=True):
-            image = _decode(pair[0], mode, image_size)
+            image = decode(row, pair[0])
             if image.shape != first.shape:
                 raise UserError(
                     f"images of {name} differ in size ({first.shape[:2]} and "

@@ -1,4 +1,4 @@
-"""Data sets as random-access tfds sources: read from disk, never from a network.
+"""Data sets as random-access tfds sources: found on disk, never in a network.
 
 A source is a sequence of records in the order in which they lie on disk; a training
 set or a memory is an array of indices into it. Folders must be in array_record
@@ -14,46 +14,17 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
-from tqdm import tqdm
+from etils import epath
 
+from bsce_jax.data import records
 from bsce_jax.data.builders import digits
+from bsce_jax.data.records import CHUNK as CHUNK
+from bsce_jax.data.records import Encoded as Encoded
+from bsce_jax.data.records import feature_names as feature_names
 from bsce_jax.errors import UserError
 
 VERSION = re.compile(r"\d+\.\d+\.\d+")
-CHUNK = 512  # records read in one call, several times faster than one by one
-
-
-class Encoded(Sequence[tuple[bytes, int]]):
-    """Random access to (encoded image, label) pairs; decodes no image.
-
-    Takes the two features straight out of a record, which is twice as fast as tfds
-    with its decoders.
-    """
-
-    def __init__(self, records: Sequence[bytes], image: str, label: str) -> None:
-        """Takes a source of serialised examples and the names of two features."""
-        self._records = records
-        self._image = image
-        self._label = label
-
-    def __len__(self) -> int:
-        """Returns the number of records."""
-        return len(self._records)
-
-    def __getitem__(self, row: Any) -> Any:
-        """Returns one pair."""
-        return self._pair(self._records[row])
-
-    def __getitems__(self, rows: Sequence[int]) -> list[tuple[bytes, int]]:
-        """Returns several pairs, read in one call."""
-        records = self._records.__getitems__(list(rows))  # type: ignore[attr-defined]
-        return [self._pair(record) for record in records]
-
-    def _pair(self, record: bytes) -> tuple[bytes, int]:
-        features = tf_example_pb2.Example.FromString(record).features.feature
-        image = features[self._image].bytes_list.value[0]
-        return image, features[self._label].int64_list.value[0]
+LARGEST_SCAN = 1e9  # bytes of records that are read for their labels without an index
 
 
 def open_split(
@@ -67,58 +38,40 @@ def open_split(
         the package's own and prepares itself on first use.
       split: "train", "test", "train[:10%]", ...
       data_dir: tfds data directory; "" means $TFDS_DATA_DIR, or else
-        ~/tensorflow_datasets.
+        ~/tensorflow_datasets. A bucket, gs://BUCKET/..., is read where gcsfs is
+        installed.
 
     Returns:
       the source, a dict of decoded feature values per record, and its metadata.
 
     Raises:
-      UserError: no such data set, split or format on disk; says how to prepare it.
+      UserError: no such data set, split or format on disk, which says how to prepare
+        it; or a shard that is missing or cut short, which names it.
     """
-    return _open(name, split, data_dir)
+    builder = _builder(name, data_dir)
+    _check_split(builder.info, name, split)
+    records.check_shards(builder.info, split)
+    source = builder.as_data_source(split, file_format="array_record")
+    return source, builder.info
 
 
 def open_encoded(
     name: str, split: str, data_dir: str = ""
 ) -> tuple[Encoded, tfds.core.DatasetInfo]:
     """Opens one split as pairs of an encoded image and a label; see `open_split`."""
-    raw = tfds.decode.DeserializeMethod.RAW_BYTES
-    records, info = _open(name, split, data_dir, deserialize_method=raw)
-    return Encoded(records, *feature_names(info)), info
+    info = _builder(name, data_dir).info
+    _check_split(info, name, split)
+    records.check_shards(info, split)
+    return records.open_encoded(info, split), info
 
 
-def _open(
-    name: str, split: str, data_dir: str, **options: Any
-) -> tuple[Sequence[Any], tfds.core.DatasetInfo]:
-    builder = _builder(name, data_dir)
+def _check_split(info: tfds.core.DatasetInfo, name: str, split: str) -> None:
     try:
-        builder.info.splits[split]
+        info.splits[split]
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"split {split!r} of {name} does not exist: it has "
-            f"{', '.join(builder.info.splits)}"
+            f"split {split!r} of {name} does not exist: it has {', '.join(info.splits)}"
         ) from error
-    source = builder.as_data_source(split, file_format="array_record", **options)
-    return source, builder.info
-
-
-def feature_names(info: tfds.core.DatasetInfo) -> tuple[str, str]:
-    """Returns the names of the image and of the label feature.
-
-    Raises:
-      UserError: the data set is not one of images with one class each.
-    """
-    image, label = info.supervised_keys or ("image", "label")
-    features = dict(info.features)
-    if not (
-        isinstance(features.get(image), tfds.features.Image)
-        and isinstance(features.get(label), tfds.features.ClassLabel)
-    ):
-        raise UserError(
-            f"data set {info.name} is not one of images with a class each: "
-            f"its features are {list(features)}"
-        )
-    return image, label
 
 
 def class_names(name: str, data_dir: str = "") -> tuple[str, ...]:
@@ -127,37 +80,92 @@ def class_names(name: str, data_dir: str = "") -> tuple[str, ...]:
     return tuple(info.features[feature_names(info)[1]].names)
 
 
+def channels(name: str, data_dir: str = "") -> int:
+    """Returns the channels of the images as the metadata has them; reads none."""
+    info = _builder(name, data_dir).info
+    return int(info.features[feature_names(info)[0]].shape[-1])
+
+
 def labels(name: str, split: str, data_dir: str = "") -> np.ndarray:
-    """Returns the labels, int32 [N], in the order of the source; decodes no image."""
-    pairs, _ = open_encoded(name, split, data_dir)
-    found = np.empty(len(pairs), np.int32)
-    with tqdm(total=len(found), desc=f"{name} labels", disable=None) as bar:
-        for start in range(0, len(found), CHUNK):
-            rows = range(start, min(start + CHUNK, len(found)))
-            found[start : rows.stop] = [label for _, label in pairs.__getitems__(rows)]
-            bar.update(len(rows))
+    """Returns the labels, int32 [N], in the order of the source; decodes no image.
+
+    They come from the label index, or from the records of a small split without one.
+
+    Raises:
+      UserError: as for `open_split`; a large split has no label index, which says how
+        to write it; images without a label.
+    """
+    info = _builder(name, data_dir).info
+    _check_split(info, name, split)
+    found = records.indexed_labels(info, split)
+    if found is None:
+        size = records.size(info, split)
+        if size >= LARGEST_SCAN:
+            raise UserError(
+                f"{name} has no label index in {info.data_dir}, and {size / 1e9:.0f} "
+                f"GB of images are too many to look for the labels of {split!r}; to "
+                f"write it once: {_command(['index', name], data_dir)}"
+            )
+        pairs, _ = open_encoded(name, split, data_dir)
+        found = records.scan_labels(pairs, f"{name} labels")
+    if len(found) and found.min() < 0:
+        raise UserError(f"split {split!r} of {name} has images without a label")
     return found
 
 
+def write_indexes(name: str, data_dir: str = "") -> str:
+    """Writes the label index of every split of a prepared data set; reads all of it.
+
+    Returns:
+      the folder of the data set's version.
+
+    Raises:
+      UserError: as for `open_split`; an index cannot be written.
+    """
+    info = _builder(name, data_dir).info
+    for split in info.splits:
+        records.check_shards(info, split)
+    try:
+        records.write_indexes(info)
+    except OSError as error:
+        raise UserError(f"label index of {name} cannot be written: {error}") from error
+    return os.fspath(info.data_dir)
+
+
 def root(data_dir: str = "") -> pathlib.Path:
-    """Returns the tfds data directory that "" stands for, or the one given."""
-    chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    """Returns the tfds data directory that "" stands for, or the one given.
+
+    Raises:
+      UserError: it is a bucket, into which nothing is prepared.
+    """
+    chosen = _data_dir(data_dir)
+    if "://" in chosen:
+        raise UserError(
+            f"data_dir={chosen!r}: data sets are read from there but not prepared; "
+            "prepare in a local folder and copy it"
+        )
     return pathlib.Path(chosen).expanduser()
+
+
+def _data_dir(data_dir: str) -> str:
+    return data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
 
 
 def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
     """Opens the folder of a data set, whatever code has prepared it."""
     dataset, _, version = name.partition(":")
-    folder = root(data_dir) / dataset
-    if dataset == "digits" and version in ("", str(digits.Digits.VERSION)):
-        version_folder = digits.prepare(root(data_dir))
+    local = "://" not in _data_dir(data_dir)
+    folder = epath.Path(root(data_dir) if local else _data_dir(data_dir)) / dataset
+    if local and dataset == "digits" and version in ("", str(digits.Digits.VERSION)):
+        version_folder = epath.Path(digits.prepare(root(data_dir)))
     else:
         found = _versions(folder)
         if not found or (version and version not in found):
             missing = f"version {version}" if found else "prepared version"
+            where = folder.absolute() if local else folder
             raise UserError(
-                f"data set {name!r} is not on this machine: no {missing} in "
-                f"{folder.absolute()}; to prepare it: {_how_to_prepare(name, data_dir)}"
+                f"data set {name!r} is not on this machine: no {missing} in {where}; "
+                f"to prepare it: {_how_to_prepare(name, data_dir)}"
             )
         version_folder = folder / (version or found[-1])
     builder = tfds.builder_from_directory(version_folder)
@@ -171,31 +179,48 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             "choose another data_dir, and prepare it as array_record: "
             f"{_how_to_prepare(name, data_dir)}"
         )
+    if builder.info.file_format.value != "array_record":
+        return tfds.builder_from_directory(version_folder, file_format="array_record")
     return builder
 
 
-def _versions(folder: pathlib.Path) -> list[str]:
+def _versions(folder: epath.Path) -> list[str]:
     """Lists the complete versions in a data set's folder, the newest last."""
-    if not folder.is_dir():
-        return []
-    found = [
-        child.name
-        for child in folder.iterdir()
-        if VERSION.fullmatch(child.name) and (child / "dataset_info.json").is_file()
-    ]
+    try:
+        children = list(folder.iterdir()) if folder.is_dir() else []
+        found = [
+            child.name
+            for child in children
+            if VERSION.fullmatch(child.name) and (child / "dataset_info.json").is_file()
+        ]
+    except ImportError as error:  # what etils says where a bucket's client is missing
+        raise UserError(f"{folder} cannot be read: {error}") from error
     return sorted(found, key=lambda version: [int(part) for part in version.split(".")])
 
 
 def _how_to_prepare(name: str, data_dir: str) -> str:
     """Returns the command that prepares a data set in this data directory."""
-    folder = str(root(data_dir).absolute())
+    if "://" in _data_dir(data_dir):
+        return "prepare it in a local folder and copy that"
     if name == "cifar100":
-        return (
-            f"python -m bsce_jax.data.prepare cifar100 --data_dir {shlex.quote(folder)}"
-        )
+        return _command(["cifar100"], data_dir)
+    dataset = re.split("[/:]", name)[0]
+    known = tfds.list_builders(with_community_datasets=False)
+    if dataset == "imagenet2012" or dataset not in known:
+        folders = ["--train", "FOLDER", "--test", "FOLDER"]
+        return _command(["image_folder", "--name", dataset, *folders], data_dir)
+    folder = str(root(data_dir).absolute())
     code = (
         "import tensorflow_datasets as tfds; "
         f"tfds.builder({name!r}, data_dir={folder!r}, file_format='array_record')"
         ".download_and_prepare()"
     )
     return f"pip install 'bsce_jax[prepare]' && python -c {shlex.quote(code)}"
+
+
+def _command(words: Sequence[str], data_dir: str) -> str:
+    """Returns a command of bsce_jax.data.prepare for this data directory."""
+    chosen = _data_dir(data_dir)
+    folder = chosen if "://" in chosen else str(root(data_dir).absolute())
+    words = [*words, "--data_dir", folder]
+    return f"python -m bsce_jax.data.prepare {shlex.join(words)}"

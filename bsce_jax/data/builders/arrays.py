@@ -1,4 +1,4 @@
-"""What the builders of in-memory images share: PNG records and an atomic writer."""
+"""What the builders share: PNG records of arrays, and writing all or nothing."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
+from bsce_jax.data import records
 from bsce_jax.errors import UserError
 
 
@@ -48,9 +49,7 @@ def prepare(
 ) -> pathlib.Path:
     """Writes ROOT/NAME/VERSION with a tfds builder and returns that folder.
 
-    The folder appears complete or not at all. Of several processes that prepare the
-    same data set at once the first wins and the others use its folder. Does nothing
-    where the folder exists.
+    With the records comes their label index; see `publish` for the rest.
 
     Args:
       name: the data set's name, the builder's `name`.
@@ -59,20 +58,50 @@ def prepare(
       make_builder: called with `data_dir` and `file_format`.
 
     Raises:
+      UserError: the folder cannot be written, or the images have no classes.
+    """
+
+    def write(scratch: pathlib.Path) -> pathlib.Path:
+        tfds.disable_progress_bar()  # `examples` shows its own, on terminals only
+        builder = make_builder(data_dir=scratch, file_format="array_record")
+        with contextlib.redirect_stdout(io.StringIO()):  # tfds prints banners
+            builder.download_and_prepare()
+        records.write_indexes(builder.info)
+        return pathlib.Path(builder.data_dir)
+
+    return publish(name, version, root, write)
+
+
+def publish(
+    name: str,
+    version: str,
+    root: pathlib.Path,
+    write: Callable[[pathlib.Path], pathlib.Path],
+) -> pathlib.Path:
+    """Writes ROOT/NAME/VERSION and returns that folder.
+
+    The folder appears complete or not at all. Of several processes that prepare the
+    same data set at once the first wins and the others use its folder. Does nothing
+    where the folder exists.
+
+    Args:
+      name, version: of the data set.
+      root: tfds data directory; made if it is missing.
+      write: called with a new folder under root; returns the folder to be published
+        in it.
+
+    Raises:
       UserError: the folder cannot be written.
     """
     folder = root / name / version
     if folder.is_dir():
         return folder
-    tfds.disable_progress_bar()  # `examples` shows its own, on terminals only
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as scratch:
-            builder = make_builder(data_dir=scratch, file_format="array_record")
-            with contextlib.redirect_stdout(io.StringIO()):  # tfds prints banners
-                builder.download_and_prepare()
+            written = write(pathlib.Path(scratch))
             folder.parent.mkdir(exist_ok=True)
-            os.rename(builder.data_dir, folder)
+            os.rename(written, folder)
     except OSError as error:
         if not folder.is_dir():  # else another process was faster
             raise UserError(f"cannot write {name} to {folder}: {error}") from error

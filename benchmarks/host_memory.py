@@ -1,0 +1,126 @@
+"""Host memory of a streamed run, epoch after epoch: it must not grow.
+
+    python benchmarks/host_memory.py --images FOLDER --epochs 12 --output memory.json
+
+FOLDER holds one folder of JPEG files a class. It is prepared as a data set in a
+temporary folder; then a small network trains on it, decoding with --workers processes.
+Resident memory (proportional set size, the decoding processes' included) is read at
+the end of each epoch.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=pathlib.Path, required=True)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--pixels", type=int, default=64, help="side of the crops")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--output", type=pathlib.Path, help="JSON file")
+    return parser.parse_args(arguments)
+
+
+def memory() -> float:
+    """MiB of this process and its children."""
+    total, pending = 0, [os.getpid()]
+    while pending:
+        folder = pathlib.Path(f"/proc/{pending.pop()}")
+        try:
+            for line in (folder / "smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1])
+            for task in (folder / "task").iterdir():
+                pending += map(int, (task / "children").read_text().split())
+        except OSError:  # it has just ended
+            continue
+    return total / 1024
+
+
+def train(options: argparse.Namespace, folder: pathlib.Path) -> list[float]:
+    """MiB at the end of each epoch."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import jax
+    from etils import epath
+
+    from bsce_jax import experiment, session, training
+    from bsce_jax import plan as planning
+    from bsce_jax.config import method_module, resolve
+    from bsce_jax.context import make_context
+    from bsce_jax.data import streaming
+    from bsce_jax.data.builders import image_folder
+    from bsce_jax.defaults import default_config
+
+    image_folder.prepare("images", folder, options.images)
+    streaming.MANY = 0  # processes for few images, too
+    root = pathlib.Path(__file__).resolve().parent.parent
+    config = default_config()
+    method_module(str(root / "configs" / "x.py"), "il_baseline").configure(
+        config, "imagenet_subset"
+    )
+    data = config.data
+    data.name, data.data_dir, data.loading = "images", str(folder), "streaming"
+    data.image_size, data.resize, data.padding = options.pixels, 0, 0
+    data.workers = options.workers
+    config.scenario.base_classes, config.scenario.steps = 0, 1
+    config.memory.kind = "none"
+    config.model.name, config.model.width = "resnet8", 4
+    config.optim.batch_size, config.optim.epochs = 64, options.epochs
+    run = experiment.prepare(resolve(config), epath.Path(folder / "run"))
+    progress = session.initial(run)
+    step = planning.step_data(run.config, run.dataset, progress.ranking, 0)
+    plan = training.make_plan(run.config, step)
+    found: list[float] = []
+
+    def after_call(history: training.History, images: int) -> None:
+        if history.updates % plan.updates_per_epoch == 0:
+            found.append(memory())
+            print(f"epoch {len(found):3d}: {found[-1]:.1f} MiB", flush=True)
+
+    state = training.fit(
+        run.programs,
+        progress.state,
+        make_context(run, progress, step),
+        run.train,
+        plan,
+        training.History(),
+        after_call=after_call,
+        due=lambda: False,
+        save=lambda state, history: None,
+        stop=lambda: 0,
+    )
+    jax.block_until_ready(state)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes; returns the exit status."""
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        found = train(options, pathlib.Path(folder))
+    settled = found[1:]  # the first epoch compiles and opens files
+    growth = (settled[-1] - settled[0]) / max(1, len(settled) - 1)
+    report = {
+        "mebibytes": found,
+        "growth_per_epoch": growth,
+        "workers": options.workers,
+        "pixels": options.pixels,
+    }
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1))
+    print(f"{growth:+.2f} MiB an epoch after the first")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Your own images: a folder of class folders, prepared once, learned class by class.
+
+    python -m bsce_jax.data.prepare image_folder --name my_birds --train FOLDER
+    python -m bsce_jax.main --config configs/image_folder.py:data=my_birds,prior=meta
+
+Arguments: data (name of the prepared data set), base_classes (of the base step; 0 = all
+steps alike), steps (incremental ones; or all, where base_classes is 0), method
+(il_baseline, lucir, podnet), prior, memory (exemplars a class; 0 = none), seed, alpha,
+epsilon. The classes that are not in the base step must divide evenly among the steps.
+
+Images are decoded as they are needed and cropped to 224x224; network and
+hyper-parameters are those of ImageNet-Subset (configs/methods/), for some hundred
+images a class. Fields to look at for other images, all in bsce_jax/defaults.py:
+
+    --config.data.image_size=64 --config.data.resize=72    small images
+    --config.data.flip=False                               mirror images differ
+    --config.data.corrupt=skip                             damaged images
+    --config.data.nominal_per_class=300                    for epsilon_unit=percent
+    --config.data.validation_fraction=0.1                  tuning, without test images
+    --config.optim.epochs=30 "--config.optim.milestones=(15, 25)"
+"""
+
+from ml_collections import ConfigDict
+
+from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.data.augment import NORMALIZATION
+from bsce_jax.defaults import default_config
+
+ARGUMENTS = COMMON_ARGUMENTS | {"data": "my_images", "base_classes": 0}
+
+
+def get_config(argument: str | None = None) -> ConfigDict:
+    """ImageNet-Subset's settings for a data set of any number of classes."""
+    config = default_config()
+    data = config.data
+    data.loading, data.image_size, data.resize = "streaming", 224, 256
+    data.random_resized_crop, data.padding, data.flip = True, 0, True
+    data.mean, data.std = NORMALIZATION["imagenet"]
+    config.evaluation.batch_size = 256
+    apply_arguments(config, argument, ARGUMENTS)
+    method_module(__file__, config.method).configure(config, "imagenet_subset")
+    return config

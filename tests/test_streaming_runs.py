@@ -1,0 +1,142 @@
+"""Whole runs on streamed images: those of resident ones, bit for bit; bad files."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bsce_jax.report import results as results_file
+from tests import datasets, runs
+from tests.test_processes import same_run, together
+from tests.test_resume import start_and_wait
+
+META = ("--config.prior=meta", "--config.checkpoint.minutes=0")
+STREAMED = (
+    *META,
+    "--config.data.loading=streaming",
+    "--config.data.image_size=8",
+    "--config.data.random_resized_crop=False",
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("streaming")
+    return runs.config_file(folder, classes=6, base=4, steps=2, epochs=2)
+
+
+@pytest.fixture(scope="module")
+def resident(config):
+    runs.run(config, config.parent / "resident", *META)
+    return config.parent / "resident"
+
+
+def outcome(workdir):
+    """All that is deterministic, but for the hashes of how images were loaded."""
+    found = results_file.deterministic(runs.results(workdir))
+    return {k: v for k, v in found.items() if k not in ("config_hash", "base_hash")}
+
+
+def test_a_streamed_run_killed_once_has_the_bits_of_a_resident_one(config, resident):
+    """The same batches and exemplars, from wherever it goes on."""
+    workdir = config.parent / "killed"
+    process = start_and_wait(config, workdir, 7, STREAMED)  # inside the second step
+    process.kill()
+    process.communicate()
+    runs.run(config, workdir, *STREAMED)
+    assert outcome(workdir) == outcome(resident)
+
+
+def test_two_processes_stream_their_own_rows(config, resident):
+    workdir = config.parent / "two"
+    overrides = (*STREAMED, "--config.parallel=pmap", "--config.data.workers=0")
+    with together(config, workdir, *overrides, devices=2) as processes:
+        for process in processes:
+            _, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+    same_run(workdir, resident, hashes=False)
+
+
+CONFIG = """
+from bsce_jax.config import method_module
+from bsce_jax.defaults import default_config
+
+def get_config():
+    c = default_config()
+    method_module({method_file!r}, "il_baseline").configure(c, "digits")
+    c.data.name, c.data.data_dir = "photos", {data_dir!r}
+    c.data.loading, c.data.image_size, c.data.resize = "streaming", 16, 20
+    c.data.padding = 0
+    c.scenario.base_classes, c.scenario.steps = 2, 1
+    c.memory.per_class = 3
+    c.model.width = 4
+    c.optim.epochs, c.optim.batch_size, c.optim.milestones = 2, 8, ()
+    c.optim.base_epochs, c.optim.base_milestones = 2, ()
+    c.evaluation.batch_size = 16
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """JPEGs of many sizes in three classes; one of each split is cut short."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (3, 3))
+
+    def photo(label: int) -> bytes:
+        height, width = rng.integers(18, 60, 2)
+        pixels = colours[label] + rng.normal(0, 30, (height, width, 3))
+        file = io.BytesIO()
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "JPEG")
+        return file.getvalue()
+
+    def split(count: int) -> tuple[list[bytes], list[int]]:
+        labels = [i % 3 for i in range(count)]
+        images = [photo(label) for label in labels]
+        images[5] = images[5][:200]
+        return images, labels
+
+    datasets.write(folder / "data", "photos", {"train": split(24), "test": split(12)})
+    path = folder / "config.py"
+    path.write_text(
+        CONFIG.format(
+            method_file=str(runs.ROOT / "configs" / "x.py"),
+            data_dir=str(folder / "data"),
+        )
+    )
+    return path
+
+
+def test_a_corrupt_image_ends_the_run_or_is_skipped(photos):
+    refused = runs.run(photos, photos.parent / "refused", status=2)
+    (line,) = [x for x in refused.stderr.splitlines() if x.startswith("bsce_jax:")]
+    assert re.search(r"image (train|test)_00005: .*config.data.corrupt=skip", line)
+    skip = "--config.data.corrupt=skip"
+    skipped = runs.run(photos, photos.parent / "skipped", skip)
+    for split in ("train", "test"):
+        assert f"image {split}_00005: " in skipped.stderr
+    base, last = (s["result"] for s in runs.results(photos.parent / "skipped")["steps"])
+    assert last["counts"] == [3, 3, 8]  # counts are those of the data set
+    # The test image of the third label counts in no accuracy.
+    tested = sum(count for *_, count in last["confusion"])
+    assert tested == 11
+    assert base["top1"] > 60.0 and np.isfinite(last["loss"]).all()
+
+
+def test_a_damaged_shard_ends_the_run_with_its_name(photos):
+    folder = photos.parent / "data" / "photos" / "1.0.0"
+    (shard,) = folder.glob("*train*.array_record*")
+    whole = shard.read_bytes()
+    try:
+        shard.write_bytes(whole[: len(whole) // 2])
+        cut = runs.run(photos, photos.parent / "cut", status=2)
+        shard.unlink()
+        missing = runs.run(photos, photos.parent / "missing", status=2)
+    finally:
+        shard.write_bytes(whole)
+    for done in (cut, missing):
+        (line,) = [x for x in done.stderr.splitlines() if x.startswith("bsce_jax:")]
+        assert shard.name in line
