@@ -1,42 +1,41 @@
-"""Numbered checkpoints: Orbax behind one module, with a checksum of every array.
+"""Numbered checkpoints, with a checksum of every array.
 
 ``DIRECTORY/NUMBER`` is one checkpoint. Orbax writes it under a temporary name and
-renames it, so a process killed at any instant leaves whole checkpoints only. Orbax
-does not notice a flipped bit; here every array is hashed when it is saved and again
-when it is read, and :func:`latest` falls back to the newest checkpoint that is intact.
+renames it (on an object store, which cannot rename, it writes one last file), so a
+process killed at any instant leaves whole checkpoints only. Orbax does not notice a
+flipped bit; here every array is hashed when it is saved and again when it is read, and
+:func:`latest` falls back to the newest checkpoint that is intact.
 
 A checkpoint holds two items: ``arrays``, an Orbax tree with one entry per leaf, named
 by its path, and ``manifest``, JSON with the caller's ``meta`` and the shape, dtype and
 SHA-256 of every array, itself hashed.
 
-With several processes each function is called by all of them, on a folder that all of
-them see and with arrays that are replicated; process 0 writes.
+With several processes the folder is one that all of them see, and the arrays are
+replicated: process 0 writes, and each process reads for itself. Neither waits for the
+other processes, but for the agreement at the end of :func:`latest`. See
+`checkpoint_writer` for saving in the background.
 """
 
-import gc
 import hashlib
 import json
 import logging
 import os
 import re
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import absl.logging
 import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import v1 as ocp
 
+from bsce_jax import orbax_files
 from bsce_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
 
 _Specs = Mapping[str, Mapping[str, Any]]  # shape, dtype and sha256 by name of array
-_ARRAYS, _MANIFEST = "arrays", "manifest"
+_NONE = -1  # stands for "no checkpoint"
 _NUMBER = re.compile(r"0|[1-9]\d*")
 # Names of folders that were being written or deleted when a process died.
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
@@ -71,7 +70,8 @@ def save(
     Checkpoints with ``meta["permanent"]`` true are never pruned; of the others, those
     remain that are among the newest ``keep`` of all. Damaged checkpoints with this or a
     higher number (a run that fell back saves their numbers again) are renamed to
-    ``NUMBER.damaged``; what an interrupted save left behind is removed.
+    ``NUMBER.damaged``; what an interrupted save left behind is removed. May be called
+    in any thread, by one at a time. In every process but the first it does nothing.
 
     Args:
       directory: the folder of all checkpoints; created if need be.
@@ -87,28 +87,40 @@ def save(
     """
     if number < 0 or keep < 1:
         raise CheckpointError(f"checkpoint {number}, keep {keep}: need >= 0 and >= 1")
+    if jax.process_index() != 0:
+        return
     directory = _absolute(directory)
     path = directory / str(number)
     leaves = _named_leaves(jax.device_get(arrays))
-    items = {_ARRAYS: _stored(leaves), _MANIFEST: _seal(number, leaves, meta)}
-    primary = jax.process_index() == 0
+    manifest = _seal(number, leaves, meta)
 
     def write() -> None:
         directory.mkdir(parents=True, exist_ok=True)
-        if primary:
-            _remove_leftovers(directory)
+        _remove_leftovers(directory)
         _make_room(directory, number)
-        with _orbax_settings():
-            ocp.save_checkpointables(path, items)
+        orbax_files.write(path, _stored(leaves), manifest)
 
     def failure(reason: str) -> CheckpointError:
-        if primary:
-            _remove_leftovers(directory)
+        _remove_leftovers(directory)
         return CheckpointError(f"cannot save checkpoint {path}: {reason}")
 
-    _attempt(write, failure)
-    if primary:
-        _prune(directory, keep)
+    orbax_files.attempt(write, failure)
+    _prune(directory, keep)
+
+
+def host_copy(arrays: Any) -> Any:
+    """The same tree of NumPy arrays that share no memory with any device.
+
+    All copies from the devices are under way at once.
+
+    Raises:
+      TypeError: a leaf is no array.
+    """
+    for leaf in _named_leaves(arrays).values():
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+    # np.array copies: on CPU device_get shares memory that the next update reuses.
+    return jax.tree.map(np.array, arrays)
 
 
 def latest(directory: epath.PathLike, target: Any) -> Restored | None:
@@ -128,12 +140,25 @@ def latest(directory: epath.PathLike, target: Any) -> Restored | None:
         except DamagedError as error:
             _log.warning("%s; trying the one before", error)
             continue
-        if jax.process_count() > 1:
-            multihost_utils.assert_equal(number, "processes read other checkpoints")
+        _agree(directory, number)
         return restored
     if found:
         raise CheckpointError(f"none of the checkpoints in {directory} is readable")
+    _agree(directory, _NONE)
     return None
+
+
+def _agree(directory: epath.PathLike, number: int) -> None:
+    """Raises an error in every process if they have read other checkpoints."""
+    if jax.process_count() == 1:
+        return
+    theirs = multihost_utils.process_allgather(np.int32(number)).tolist()
+    if len(set(theirs)) > 1:
+        shown = ", ".join("none" if n == _NONE else str(n) for n in theirs)
+        raise CheckpointError(
+            f"processes 0 to {len(theirs) - 1} read other checkpoints in {directory}: "
+            f"{shown}; is it a folder that all hosts see?"
+        )
 
 
 def restore(
@@ -174,16 +199,42 @@ def numbers(directory: epath.PathLike) -> list[int]:
     """Numbers of the checkpoints in a folder, damaged ones too, in rising order."""
     directory = _absolute(directory)
     try:
-        paths = list(directory.iterdir()) if directory.exists() else []
-    except OSError as error:
-        raise CheckpointError(f"cannot list {directory}: {_reason(error)}") from error
-    return sorted(int(path.name) for path in paths if _NUMBER.fullmatch(path.name))
+        paths = [path for path in _entries(directory) if _is_checkpoint(path)]
+    except Exception as error:  # object stores raise others than OSError, too
+        raise CheckpointError(
+            f"cannot list {directory}: {orbax_files.reason(error)}"
+        ) from error
+    return sorted(int(path.name) for path in paths)
+
+
+def _entries(directory: epath.Path) -> list[epath.Path]:
+    """What is in a folder; an object store has no empty ones."""
+    return list(directory.iterdir()) if directory.exists() else []
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:
     """Orbax takes absolute paths only; those of object stores are."""
     path = epath.Path(directory)
-    return path if "://" in os.fspath(path) else path.resolve()
+    return path if _is_remote(path) else path.resolve()
+
+
+def _is_remote(path: epath.Path) -> bool:
+    """Whether it is on an object store, where nothing can be renamed at once."""
+    return "://" in os.fspath(path)
+
+
+def _is_checkpoint(path: epath.Path) -> bool:
+    """Whether a folder's writing came to its end."""
+    if not _NUMBER.fullmatch(path.name):
+        return False
+    return not _is_remote(path) or (path / orbax_files.COMMITTED).exists()
+
+
+def _is_leftover(path: epath.Path) -> bool:
+    """Whether a process died while it wrote or deleted this folder."""
+    if _is_remote(path) and _NUMBER.fullmatch(path.name):
+        return not _is_checkpoint(path)
+    return bool(_LEFTOVER.fullmatch(path.name))
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
@@ -237,12 +288,12 @@ def _seal(number: int, leaves: dict[str, Any], meta: Mapping[str, Any]) -> dict:
 def _read_manifest(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"no checkpoint {path.name} in {path.parent}")
-    # Not through Orbax, which must be called equally often by all processes.
     try:
-        (file,) = (path / _MANIFEST).iterdir()
-        manifest = json.loads(file.read_text())
+        manifest = json.loads((path / orbax_files.MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise _damaged(path, f"its JSON is unreadable: {_reason(error)}") from error
+        raise _damaged(
+            path, f"its JSON is unreadable: {orbax_files.reason(error)}"
+        ) from error
     if not isinstance(manifest, dict) or manifest.get("sha256") != _json_hash(manifest):
         raise _damaged(path, "checksum of its JSON does not match")
     if str(manifest["number"]) != path.name:
@@ -253,17 +304,10 @@ def _read_manifest(path: epath.Path) -> dict[str, Any]:
 def _read_arrays(path: epath.Path, specs: _Specs) -> dict[str, np.ndarray]:
     """Arrays by name, each compared with its checksum."""
     blank = {name: np.zeros(s["shape"], s["dtype"]) for name, s in specs.items()}
-    context = _orbax_settings()
-    context.pytree.loading.partial_load = True
-    # Each process for itself: damage that one of them sees must not hang the rest.
-    context.multiprocessing.primary_host = jax.process_index()
-    context.multiprocessing.active_processes = {jax.process_index()}
-
-    def read() -> dict[str, np.ndarray]:
-        with context:
-            return ocp.load_checkpointables(path, {_ARRAYS: _stored(blank)})[_ARRAYS]
-
-    leaves = blank | _attempt(read, lambda reason: _damaged(path, reason))
+    leaves = blank | orbax_files.attempt(
+        lambda: orbax_files.read(path, _stored(blank)),
+        lambda reason: _damaged(path, reason),
+    )
     for name, spec in specs.items():
         if _array_hash(leaves[name]) != spec["sha256"]:
             raise _damaged(path, f"checksum of {name} does not match")
@@ -292,14 +336,26 @@ def _make_room(directory: epath.Path, number: int) -> None:
             _log.warning("%s; renamed to %d.damaged", error, other)
         else:
             raise CheckpointError(f"cannot save checkpoint {number}: {path} exists")
-    if damaged:
-        multihost_utils.sync_global_devices("checkpoints verified")
-    if jax.process_index() == 0:
-        for other in damaged:
-            aside = directory / f"{other}.damaged"
-            if aside.exists():
-                aside.rmtree()
-            (directory / str(other)).rename(aside)
+    for other in damaged:
+        _set_aside(directory / str(other))
+
+
+def _set_aside(path: epath.Path) -> None:
+    """Renames a checkpoint to ``NUMBER.damaged``, in place of an earlier one."""
+    aside = path.with_name(f"{path.name}.damaged")
+    if aside.exists():
+        aside.rmtree()
+    if not _is_remote(path):
+        path.rename(aside)
+        return
+    for file in _files(path):
+        file.copy(aside / os.fspath(file.relative_to(path)))
+    _delete(path)
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        yield from _files(path) if path.is_dir() else [path]
 
 
 def _prune(directory: epath.Path, keep: int) -> None:
@@ -308,92 +364,34 @@ def _prune(directory: epath.Path, keep: int) -> None:
         try:
             if read_meta(directory, number).get("permanent") is True:
                 continue
-            # Renamed first: a deletion cut short must not look like a checkpoint.
-            doomed = directory / f"{number}.deleted"
-            (directory / str(number)).rename(doomed)
-            doomed.rmtree()
+            _delete(directory / str(number))
         except CheckpointError:
             continue  # Unreadable: it may have been a permanent one, worth a rescue.
-        except OSError as error:
-            _log.warning("cannot delete %s/%d: %s", directory, number, _reason(error))
+        except Exception as error:
+            _log.warning(
+                "cannot delete %s/%d: %s", directory, number, orbax_files.reason(error)
+            )
+
+
+def _delete(path: epath.Path) -> None:
+    """Deletes a checkpoint; cut short, it does not look like one any more."""
+    doomed = path
+    if _is_remote(path):
+        (path / orbax_files.COMMITTED).unlink(missing_ok=True)
+    else:
+        doomed = path.rename(path.with_name(f"{path.name}.deleted"))
+    doomed.rmtree()
 
 
 def _remove_leftovers(directory: epath.Path) -> None:
     """Removes folders whose writing or deletion was cut short, as far as possible."""
     try:
-        for path in directory.iterdir():
-            if _LEFTOVER.fullmatch(path.name):
+        for path in _entries(directory):
+            if _is_leftover(path):
                 path.rmtree()
-    except OSError as error:
-        _log.warning("cannot clean up %s: %s", directory, _reason(error))
-
-
-def _orbax_settings() -> ocp.Context:
-    """JSON stays JSON: Orbax would take it for a tree of scalars."""
-    context = ocp.Context()
-    # Compressed float32 weights are 7 % smaller and take twice as long.
-    context.array.saving.use_compression = False
-    # Or, where a folder cannot be made, threads wait for it that outlive the program.
-    context.asynchronous.create_directories_asynchronously = False
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.PyTreeHandler, checkpointable_name=_ARRAYS)
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name=_MANIFEST)
-    context.checkpointables.registry = registry
-    return context
+    except Exception as error:
+        _log.warning("cannot clean up %s: %s", directory, orbax_files.reason(error))
 
 
 def _damaged(path: epath.Path, reason: str) -> DamagedError:
     return DamagedError(f"checkpoint {path} is damaged: {reason}")
-
-
-def _attempt(action: Callable[[], Any], failure: Callable[[str], Exception]) -> Any:
-    """Calls Orbax; raises ``failure(reason in one line)`` for whatever goes wrong.
-
-    Each layer below has its own exceptions for a full disk or a damaged file. When one
-    gives up, operations in flight report to an event loop that is closed, and abandoned
-    tasks complain when they are collected: both are waited for and silenced.
-    """
-    hook, log = sys.unraisablehook, logging.getLogger("asyncio")
-
-    def quiet(event: Any) -> None:
-        if str(event.exc_value) != "Event loop is closed":
-            hook(event)
-
-    sys.unraisablehook = quiet
-    log.addFilter(_is_news)
-    try:
-        try:
-            return action()
-        except CheckpointError:
-            raise
-        except Exception as error:
-            reason = _reason(error)
-        # After the handler, where nothing refers to Orbax's tasks any more.
-        time.sleep(0.2)
-        gc.collect()
-        raise failure(reason)
-    finally:
-        log.removeFilter(_is_news)
-        sys.unraisablehook = hook
-
-
-def _reason(error: BaseException) -> str:
-    """One line for an exception: the operating system's own words if it has any."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        if code := re.search(r"os_error_code='(\d+)'", str(cause)):  # TensorStore's
-            return os.strerror(int(code[1]))
-        error, hidden = cause, cause.__suppress_context__
-        cause = cause.__cause__ or (None if hidden else cause.__context__)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """False for Orbax's dozens of lines a save; what matters is in its exceptions."""
-    chatter = "/orbax/" in record.pathname or "never retrieved" in record.getMessage()
-    return not chatter
-
-
-absl.logging.get_absl_logger().addFilter(_is_news)

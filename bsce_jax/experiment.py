@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from bsce_jax import (
     checkpoint,
     evaluate,
+    feed,
     memory,
     methods,
     parallel,
@@ -32,7 +33,7 @@ from bsce_jax.monitor import Monitor
 from bsce_jax.report import results as results_file
 from bsce_jax.report import tables
 from bsce_jax.session import Progress, Run
-from bsce_jax.state import Images, PyTree, TrainState
+from bsce_jax.state import PyTree, TrainState
 from bsce_jax.step_result import step_result
 
 logger = logging.getLogger("bsce_jax")
@@ -56,6 +57,17 @@ def run(
     run = prepare(config, epath.Path(workdir))
     if config.finetune.epochs and config.memory.kind == "none":
         logger.info("no fine-tuning: there is no memory")
+    with run.writer:
+        try:
+            _steps(run, stop)
+        except training.StopRequested:
+            run.writer.wait()  # or "saved" would not be true
+            raise
+    return finish(run)
+
+
+def _steps(run: Run, stop: startup.StopSignal) -> None:
+    """All steps that are left."""
     progress = session.restore(run)
     run.monitor.start(progress.before + progress.history.updates)
     for step in range(progress.step + progress.finished, len(run.dataset.groups)):
@@ -64,12 +76,12 @@ def run(
         run.monitor.begin_step()
         if progress.main is None:
             train(run, progress, stop)
-        if planning.has_finetuning(config, run.dataset, step):
+        if planning.has_finetuning(run.config, run.dataset, step):
             finetune(run, progress, stop)
+        stop_if_asked(run, progress, stop)
         select_exemplars(run, progress)
         record(run, progress)
         session.save(run, progress, finished=True)
-    return finish(run)
 
 
 def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
@@ -85,13 +97,13 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
         "base_hash": planning.base_hash(config, dataset),
         "class_names": list(dataset.class_names),
         "class_order": [int(i) for i in dataset.class_order],
-        "image_shape": list(dataset.train_images.shape[1:]),
+        "image_shape": list(dataset.image_shape),
         "steps": [],
         "summary": results_file.summary([]),
     }
 
-    def place(images: np.ndarray, labels: np.ndarray) -> Images:
-        return parallel.replicate(devices, Images(images, labels.astype(np.int32)))
+    def create_feed(split: planning.Split) -> feed.Feed:
+        return feed.create(config, devices, split, dataset.image_shape)
 
     updates = [
         training.make_plan(config, data).updates
@@ -102,8 +114,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
         workdir,
         dataset,
         compiled.build(config, devices, dataset.num_classes),
-        place(dataset.train_images, dataset.train_labels),
-        place(dataset.test_images, dataset.test_labels),
+        create_feed(dataset.train),
+        create_feed(dataset.test),
         results,
         Monitor(workdir, len(dataset.groups), sum(updates), config.log_seconds),
     )
@@ -143,17 +155,15 @@ def new_head_rows(run: Run, progress: Progress, step: int) -> PyTree:
         return params
     data = planning.step_data(config, dataset, progress.ranking, step)
     labels = dataset.train_labels[data.train]
-    features = [
-        evaluate.features(
-            run.programs,
-            progress.state.params,
-            progress.state.batch_stats,
-            run.train,
-            data.train[labels == position],
-            config.evaluation.batch_size,
-        )
-        for position in dataset.groups[step]
-    ]
+    found = evaluate.features_by_class(
+        run.programs,
+        progress.state.params,
+        progress.state.batch_stats,
+        run.train,
+        [data.train[labels == position] for position in dataset.groups[step]],
+        config.evaluation.batch_size,
+    )
+    features = [part for _, part in found]
     rng = np.random.default_rng([config.seed, step, _NEW_ROWS])
     head = method.begin(params["head"], features, data.num_old, rng)
     return {**params, "head": head}
@@ -198,9 +208,13 @@ def _fit(
     context = make_context(run, progress, data)
     last_save = time.monotonic()
 
-    def after_call(history: training.History, images: int) -> bool:
+    def after_call(history: training.History, images: int) -> None:
         run.monitor.trained(plan, history, progress.before, images)
-        return time.monotonic() - last_save >= 60 * config.checkpoint.minutes
+
+    def due() -> bool:
+        # The first process's clock is that of all.
+        passed = time.monotonic() - last_save
+        return parallel.is_first() and passed >= 60 * config.checkpoint.minutes
 
     def save_inside(state: TrainState, history: training.History) -> None:
         nonlocal last_save
@@ -217,13 +231,27 @@ def _fit(
             plan,
             progress.history,
             after_call=after_call,
+            due=due,
             save=save_inside,
-            stop=stop.requested,
+            stop=lambda: stop.number,
         )
     except training.NotFiniteError as error:
+        run.writer.wait()
         kept = checkpoint.numbers(run.checkpoints)
         last = f"checkpoint {kept[-1]}" if kept else "none"
         raise UserError(f"{error}; last good: {last} in {run.checkpoints}") from None
+
+
+def stop_if_asked(run: Run, progress: Progress, stop: startup.StopSignal) -> None:
+    """Saves a trained step before its evaluation where a process was asked to stop.
+
+    Raises:
+      training.StopRequested: it was.
+    """
+    asked = parallel.largest(run.programs.parallel, (stop.number,))
+    if number := int(asked[0]):
+        session.save(run, progress, finished=False)
+        raise training.StopRequested(progress.step, progress.history.updates, number)
 
 
 def select_exemplars(run: Run, progress: Progress) -> None:
@@ -268,11 +296,12 @@ def record(run: Run, progress: Progress) -> None:
 
 def finish(run: Run) -> dict[str, Any]:
     """Draws the pictures and prints the table."""
-    from bsce_jax.report import plots  # matplotlib only at the end
+    if parallel.is_first():
+        from bsce_jax.report import plots  # matplotlib only at the end
 
-    plots.accuracy_curves([run.results], run.workdir / "curves.png")
-    plots.confusion_matrices([run.results], run.workdir / "confusion.png")
-    plots.alpha_curve([run.results], run.workdir / "alpha.png")
+        plots.accuracy_curves([run.results], run.workdir / "curves.png")
+        plots.confusion_matrices([run.results], run.workdir / "confusion.png")
+        plots.alpha_curve([run.results], run.workdir / "alpha.png")
+        print(tables.step_table(run.results))
     run.monitor.close()
-    print(tables.step_table(run.results))
     return run.results

@@ -1,19 +1,28 @@
 """Runs one experiment: python -m bsce_jax.main --config configs/digits.py."""
 
 import logging
+import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from bsce_jax.errors import UserError
 
 logger = logging.getLogger("bsce_jax")
 
+# In what JAX raises where a computation over several processes has failed.
+_LOST_CONNECTION = re.compile("Gloo|NCCL|UNAVAILABLE|DEADLINE|onnection|ABORTED")
 
-def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
-    """Reads --config FILE[:ARGUMENTS], its overrides and --workdir.
+
+def parse(argv: Sequence[str]) -> Any:
+    """Reads --config FILE[:ARGUMENTS], its overrides and the other flags.
+
+    Returns:
+      The flags' values as attributes.
 
     Raises:
       UserError: an unknown flag or field, or a value of a wrong type, in one line.
@@ -23,18 +32,29 @@ def parse(argv: Sequence[str]) -> tuple[ConfigDict, str]:
         config_flags.DEFINE_config_file(
             "config", flag_values=values, sys_argv=list(argv)
         )
-        flags.DEFINE_string("workdir", "", "Folder of the run.", flag_values=values)
+        _define_flags(values)
         rest = values(list(argv))[1:]
-        config, workdir = values.config, values.workdir
-        if config is not None:
-            config.keys()  # a file that failed to load raises only now
+        if values.config is not None:
+            values.config.keys()  # a file that failed to load raises only now
     except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
         raise UserError(_one_line(error)) from None
-    if config is None:
+    if values.config is None:
         raise UserError("--config is missing: try --config configs/digits.py")
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: expected --config.field=x")
-    return config, workdir
+    return values
+
+
+def _define_flags(values: flags.FlagValues) -> None:
+    def define(kind: str, name: str, default: Any, text: str) -> None:
+        getattr(flags, f"DEFINE_{kind}")(name, default, text, flag_values=values)
+
+    define("string", "workdir", "", "Folder of the run; all hosts must see it.")
+    # For several processes that no SLURM, Open MPI or Cloud TPU pod has started:
+    define("string", "coordinator_address", "", "host:port of process 0.")
+    define("integer", "num_processes", 0, "Processes of the run.")
+    define("integer", "process_id", -1, "Number of this process, from 0.")
+    define("float", "peer_timeout", 60.0, "Seconds until a silent process is lost.")
 
 
 def _one_line(error: Exception) -> str:
@@ -58,18 +78,27 @@ def log_to_stderr() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Parses the command line, runs, and returns the exit status."""
+    peers = None
     try:
-        config, workdir = parse(argv)
-        from bsce_jax import startup, training
+        given = parse(argv)
+        from bsce_jax import cluster, startup, training
         from bsce_jax.config import flatten, resolve
 
-        config = resolve(config)
-        folder = startup.open_workdir(config, workdir)
+        config = resolve(given.config)
+        address = cluster.Address(
+            given.coordinator_address, given.num_processes, given.process_id
+        )
+        peers = cluster.join(address, given.peer_timeout)
+        if peers is not None and peers.index:
+            logger.setLevel(logging.WARNING)  # the first process logs for all
+        folder = startup.open_workdir(config, given.workdir)
         startup.configure_jax(config, folder)
         from bsce_jax import dry_run, experiment  # after JAX is configured
 
         if config.print_plan:
-            print(dry_run.describe(config, folder))
+            plan = dry_run.describe(config, folder)
+            if peers is None or not peers.index:
+                print(plan)
             return 0
         lines = [f"  {name} = {value!r}" for name, value in flatten(config).items()]
         logger.info("workdir %s, configuration:\n%s", folder, "\n".join(lines))
@@ -78,11 +107,30 @@ def main(argv: Sequence[str]) -> int:
                 experiment.run(config, folder, stop)
             except training.StopRequested as stopped:
                 logger.info("%s", stopped)
-                return 128 + stop.number
+                return 128 + stopped.number
         return 0
     except UserError as error:
         print(f"bsce_jax: {error}", file=sys.stderr)
-        return 2
+        return _leave(peers, 2, str(error))
+    except Exception as error:
+        if peers is None:
+            raise
+        logger.exception("process %d failed", peers.index)
+        if _LOST_CONNECTION.search(str(error)):
+            peers.lost(error)
+        return _leave(peers, 1, repr(error))
+    finally:
+        if peers is not None:
+            peers.close()
+
+
+def _leave(peers: Any, status: int, message: str) -> int:
+    """Ends one of several processes: the others would wait for it for ever."""
+    if peers is not None:
+        peers.fail(message)
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """A run and where it stands: what a checkpoint holds, saving it and going on."""
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,10 +14,12 @@ from ml_collections import ConfigDict
 from bsce_jax import checkpoint, parallel, training
 from bsce_jax import plan as planning
 from bsce_jax import programs as compiled
+from bsce_jax.checkpoint_writer import Writer
 from bsce_jax.errors import UserError
+from bsce_jax.feed import Feed
 from bsce_jax.monitor import Monitor
 from bsce_jax.report import results as results_file
-from bsce_jax.state import Images, PyTree, TrainState
+from bsce_jax.state import PyTree, TrainState
 
 logger = logging.getLogger("bsce_jax")
 
@@ -28,10 +32,12 @@ class Run:
     workdir: epath.Path
     dataset: planning.Dataset
     programs: compiled.Programs
-    train: Images
-    test: Images
+    train: Feed
+    test: Feed
     results: dict[str, Any]
     monitor: Monitor
+    writer: Writer = dataclasses.field(default_factory=Writer)
+    saved: int = -1  # number of the newest checkpoint that this process knows
 
     @property
     def checkpoints(self) -> epath.Path:
@@ -69,7 +75,7 @@ def initial(run: Run) -> Progress:
     """Fresh parameters; the base step not begun."""
     config, programs = run.config, run.programs
     variables = compiled.init_model(
-        programs.model, run.dataset.train_images.shape[1:], config.seed
+        programs.model, run.dataset.image_shape, config.seed
     )
     params, batch_stats = variables["params"], variables["batch_stats"]
     state = TrainState(
@@ -101,10 +107,15 @@ def copy_network(run: Run, state: TrainState) -> PyTree:
 
 
 def save(run: Run, progress: Progress, finished: bool) -> None:
-    """Writes a checkpoint; after a finished step also results.json."""
+    """Writes a checkpoint in the background, after a step results.json too.
+
+    Nothing where the newest checkpoint is this one already.
+    """
     progress.finished = finished
     run.monitor.flush()
     number = progress.before + progress.history.updates + progress.step + finished
+    if number == run.saved:
+        return
     meta = {
         "permanent": finished,
         "step": progress.step,
@@ -114,10 +125,19 @@ def save(run: Run, progress: Progress, finished: bool) -> None:
         "history": dataclasses.asdict(progress.history),
         "results": run.results,
     }
-    keep = run.config.checkpoint.keep
-    checkpoint.save(run.checkpoints, number, _arrays(progress), meta, keep=keep)
-    if finished:
-        results_file.write(run.workdir, run.results)
+    run.writer.save(
+        run.checkpoints,
+        number,
+        _arrays(progress),
+        meta,
+        keep=run.config.checkpoint.keep,
+        then=functools.partial(_write_results, run.workdir) if finished else None,
+    )
+    run.saved = number
+
+
+def _write_results(workdir: epath.Path, meta: Mapping[str, Any]) -> None:
+    results_file.write(workdir, meta["results"])
 
 
 def restore(run: Run) -> Progress:
@@ -163,7 +183,8 @@ def restore(run: Run) -> Progress:
         progress.step,
         progress.history.updates,
     )
-    if progress.finished:
+    run.saved = found.number
+    if progress.finished and parallel.is_first():
         results_file.write(run.workdir, run.results)
     return progress
 

@@ -63,13 +63,9 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        """No signal yet; handlers are installed on entry."""
+        """No signal yet (0); handlers are installed on entry."""
         self.number = 0
         self._previous: dict[int, object] = {}
-
-    def requested(self) -> bool:
-        """Whether a signal has come."""
-        return self.number != 0
 
     def __enter__(self) -> "StopSignal":
         """Installs the handlers."""

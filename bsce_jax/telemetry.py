@@ -6,6 +6,7 @@ anything; the others call the same functions to no effect.
 
 import contextlib
 import importlib.metadata
+import io
 import logging
 import os
 import pathlib
@@ -151,7 +152,7 @@ class Timeline:
         if not _first_process(enabled):
             return
         # Loaded here: it looks for PyTorch and cloud libraries, which takes seconds.
-        from tensorboardX import RecordWriter
+        from tensorboardX import record_writer
         from tensorboardX.proto import event_pb2
 
         self._event = event_pb2.Event
@@ -160,7 +161,10 @@ class Timeline:
         # TensorBoard reads the files of a folder in the order of their names.
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}"
-        self._writer = RecordWriter(os.fspath(folder / name))
+        # tensorboardX's own way to gs:// needs another library and its credentials.
+        record_writer.register_writer_factory("store", _StoreFile)
+        prefix = "store:" if "://" in os.fspath(folder) else ""
+        self._writer = record_writer.RecordWriter(prefix + os.fspath(folder / name))
         self._write(file_version="brain.Event:2")
         self._write(step=update, session_log={"status": "START"})
         self.flush()
@@ -211,6 +215,29 @@ class Timeline:
     ) -> None:
         """Closes the file."""
         self.close()
+
+
+class _StoreFile:
+    """A file on an object store, which takes whole files only: at each flush."""
+
+    def __init__(self, path: epath.Path) -> None:
+        self._path, self._content = path, io.BytesIO()
+
+    def write(self, data: bytes) -> None:
+        self._content.write(data)
+
+    def flush(self) -> None:
+        try:
+            self._path.write_bytes(self._content.getvalue())
+        except Exception as error:  # each store has its own
+            raise OSError(" ".join(f"{self._path}: {error}".split())) from error
+
+    close = flush
+
+    @classmethod
+    def open(cls, path: str) -> Self:
+        """What tensorboardX calls for "store:PATH"."""
+        return cls(epath.Path(path.partition(":")[2]))
 
 
 class Progress:

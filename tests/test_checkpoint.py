@@ -2,6 +2,7 @@ import json
 import logging
 import pathlib
 import random
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import optax
 import pytest
 
 from bsce_jax import checkpoint
+from bsce_jax.checkpoint_writer import Writer
 from bsce_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -359,3 +361,139 @@ def test_leftovers_are_ignored_and_removed(two: pathlib.Path, caplog: Any) -> No
     assert checkpoint.numbers(two) == [1, 2]
     checkpoint.save(two, 3, make_state(3), {})
     assert sorted(path.name for path in two.iterdir()) == ["2", "3"]
+
+
+def test_only_the_first_process_writes(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    checkpoint.save(tmp_path, 0, small(0), {})
+    with Writer() as writer:
+        writer.save(tmp_path, 0, small(0), {}, then=pytest.fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- In the background
+
+
+def test_host_copies_share_no_memory() -> None:
+    tree = {"w": jnp.zeros(300_000), "n": np.zeros(3)}
+    copies = checkpoint.host_copy(tree)
+    assert_same(copies, tree)
+    for copy, leaf in zip(jax.tree.leaves(copies), jax.tree.leaves(tree), strict=True):
+        assert not np.shares_memory(copy, jax.device_get(leaf))
+
+
+def test_background_saves_are_of_their_moment(tmp_path: pathlib.Path) -> None:
+    """Arrays may be donated, and meta changed, as soon as `save` returns."""
+
+    @jax.jit
+    def first() -> dict[str, jax.Array]:
+        return {"w": jnp.zeros(300_000), "n": jnp.int32(0)}
+
+    update = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    state, meta, written = first(), {"at": [0]}, []
+    with Writer() as writer:
+        for number in range(12):
+            meta["at"][0] = number
+            writer.save(tmp_path, number, state, meta, keep=12, then=written.append)
+            for _ in range(5):
+                state = update(state)
+    assert [meta["at"] for meta in written] == [[number] for number in range(12)]
+    assert writer.saves == 12 and writer.stalled > 0
+    for number in range(12):
+        restored = checkpoint.restore(tmp_path, number, state)
+        assert restored.meta == {"at": [number]}
+        assert (restored.arrays["w"] == 5 * number).all()
+        assert restored.arrays["n"] == 5 * number
+
+
+def test_one_background_save_at_a_time(tmp_path: pathlib.Path) -> None:
+    gate, order = threading.Event(), []
+
+    def hold(meta: dict) -> None:
+        gate.wait(10)
+        order.append("first")
+
+    with Writer() as writer:
+        writer.save(tmp_path, 0, small(0), {}, then=hold)
+        writer.check()  # does not wait
+        assert order == []
+        threading.Timer(0.3, gate.set).start()
+        writer.save(tmp_path, 1, small(1), {}, then=lambda _: order.append("second"))
+        assert order[0] == "first" and writer.stalled >= 0.2
+        writer.wait()
+        assert order == ["first", "second"]
+        assert checkpoint.numbers(tmp_path) == [0, 1]
+
+
+def test_background_pruning(tmp_path: pathlib.Path) -> None:
+    with Writer() as writer:
+        for number in range(9):
+            meta = {"permanent": number % 4 == 1}
+            writer.save(tmp_path, number, small(number), meta)
+    assert checkpoint.numbers(tmp_path) == [1, 5, 7, 8]
+
+
+def fail_in_background(folder: pathlib.Path, writer: Writer) -> None:
+    """Its save fails: the number is taken."""
+    checkpoint.save(folder, 5, small(5), {})
+    writer.save(folder, 5, small(6), {}, then=pytest.fail)
+
+
+def test_background_errors_are_raised_once_by_the_next_call(
+    tmp_path: pathlib.Path,
+) -> None:
+    writer = Writer()
+    calls = {
+        "wait": lambda folder: writer.wait(),
+        "save": lambda folder: writer.save(folder, 6, small(6), {}),
+        "exit": lambda folder: writer.__exit__(None, None, None),
+    }
+    for name, call in calls.items():
+        fail_in_background(tmp_path / name, writer)
+        with pytest.raises(checkpoint.CheckpointError, match="5 exists"):
+            call(tmp_path / name)
+        writer.check()
+        writer.wait()
+        assert checkpoint.numbers(tmp_path / name) == [5]
+
+
+def test_check_raises_without_waiting(tmp_path: pathlib.Path) -> None:
+    with Writer() as writer:
+        fail_in_background(tmp_path, writer)
+        with pytest.raises(checkpoint.CheckpointError, match="5 exists"):
+            for _ in range(100):
+                writer.check()
+                threading.Event().wait(0.1)
+        writer.save(tmp_path, 6, small(6), {})  # as if nothing had happened
+    assert checkpoint.numbers(tmp_path) == [5, 6]
+
+
+def test_errors_of_what_follows_a_save(tmp_path: pathlib.Path) -> None:
+    def then(meta: dict) -> None:
+        raise UserError("results.json cannot be written")
+
+    with pytest.raises(UserError, match="results.json"), Writer() as writer:
+        writer.save(tmp_path, 0, small(0), {}, then=then)
+    assert checkpoint.numbers(tmp_path) == [0]
+
+
+def test_background_errors_do_not_hide_others(
+    tmp_path: pathlib.Path, caplog: Any
+) -> None:
+    with pytest.raises(ZeroDivisionError), Writer() as writer:
+        fail_in_background(tmp_path, writer)
+        raise ZeroDivisionError
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "cannot save checkpoint 5" in warning
+
+
+@pytest.mark.parametrize(
+    ("tree", "meta"), [({"x": 1.0}, {}), ({"x": np.zeros(1)}, {"x": np.zeros(1)})]
+)
+def test_what_cannot_be_copied(tmp_path: pathlib.Path, tree: dict, meta: dict) -> None:
+    with Writer() as writer:
+        with pytest.raises(TypeError):
+            writer.save(tmp_path, 0, tree, meta)
+    assert list(tmp_path.iterdir()) == []

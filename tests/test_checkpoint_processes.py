@@ -24,16 +24,20 @@ CHILD = """
 import os, pathlib, resource, sys
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
-from bsce_jax import checkpoint
+from bsce_jax import checkpoint, checkpoint_writer
 
 folder, size = sys.argv[1], int(sys.argv[2])
+writer = checkpoint_writer.Writer()
+background = False
 
 def tree(number):
     return {"w": np.full(size, number, np.float32), "n": np.full(300, number)}
 
 def save(number, **options):
+    saving = writer if background else checkpoint
     try:
-        checkpoint.save(folder, number, tree(number), {"number": number}, **options)
+        saving.save(folder, number, tree(number), {"number": number}, **options)
+        writer.wait()
         return True
     except checkpoint.CheckpointError as error:
         print("ERROR", error)
@@ -41,10 +45,13 @@ def save(number, **options):
 """
 
 
-def run_child(body: str, folder: pathlib.Path, size: int) -> tuple[str, str]:
+def run_child(
+    body: str, folder: pathlib.Path, size: int, background: bool = False
+) -> tuple[str, str]:
     """Runs CHILD and body; returns what it printed."""
+    program = f"{CHILD}\nbackground = {background}\n{textwrap.dedent(body)}"
     done = subprocess.run(
-        [sys.executable, "-c", CHILD + textwrap.dedent(body), str(folder), str(size)],
+        [sys.executable, "-c", program, str(folder), str(size)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -72,8 +79,12 @@ def assert_only(folder: pathlib.Path, numbers: list[int], size: int) -> None:
         check(checkpoint.restore(folder, number, child_tree(0, size)), number)
 
 
+where = pytest.mark.parametrize("background", [False, True])
+
+
+@where
 @pytest.mark.parametrize("limit", [0, 1000, 100_000])
-def test_file_size_limit(tmp_path: pathlib.Path, limit: int) -> None:
+def test_file_size_limit(tmp_path: pathlib.Path, limit: int, background: bool) -> None:
     size = 100_000
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     assert hard == resource.RLIM_INFINITY, "this test sets a limit itself"
@@ -89,6 +100,7 @@ def test_file_size_limit(tmp_path: pathlib.Path, limit: int) -> None:
         """,
         tmp_path,
         size,
+        background,
     )
     line = f"ERROR cannot save checkpoint {tmp_path / '1'}: File too large"
     assert out.splitlines() == [line, line]
@@ -96,7 +108,8 @@ def test_file_size_limit(tmp_path: pathlib.Path, limit: int) -> None:
     assert_only(tmp_path, [0, 1], size)
 
 
-def test_full_disk(tmp_path: pathlib.Path) -> None:
+@where
+def test_full_disk(tmp_path: pathlib.Path, background: bool) -> None:
     disk, size = tmp_path / "disk", 500_000  # 2 MB a checkpoint on 5 MB
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(disk)]
@@ -112,6 +125,7 @@ def test_full_disk(tmp_path: pathlib.Path) -> None:
             """,
             folder,
             size,
+            background,
         )
         assert out.splitlines() == [
             f"ERROR cannot save checkpoint {folder / n}: No space left on device"
@@ -123,7 +137,8 @@ def test_full_disk(tmp_path: pathlib.Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_read_only_folder() -> None:
+@where
+def test_read_only_folder(background: bool) -> None:
     # Outside tmp_path, whose parents nobody but its owner may enter.
     with tempfile.TemporaryDirectory() as name:
         folder, size = pathlib.Path(name) / "checkpoints", 1000
@@ -139,6 +154,7 @@ def test_read_only_folder() -> None:
             """,
             folder,
             size,
+            background,
         )
         line = f"ERROR cannot save checkpoint {folder / '1'}: Permission denied"
         assert out == line
@@ -184,6 +200,75 @@ def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
     assert_only(tmp_path, [number - 1, number], size)
 
 
+TRAINING = """
+import jax, numpy as np
+from bsce_jax import checkpoint, checkpoint_writer
+
+update = jax.jit(lambda w: w + 1, donate_argnums=0)
+w, number = jax.device_put(np.zeros(500_000, np.float32)), 0
+with checkpoint_writer.Writer() as writer:
+    while True:
+        meta = {"number": number}
+        writer.save(
+            sys.argv[1], number, {"w": w}, meta,
+            then=lambda meta: print(meta["number"], flush=True),
+        )
+        number += 1
+        for _ in range(rounds):
+            w = update(w)
+        w = w * 0 + number
+"""
+
+
+def test_killed_while_saving_in_the_background(tmp_path: pathlib.Path) -> None:
+    """SIGKILL at random moments of a training that saves all the time."""
+    seed = random.randrange(2**32)
+    log.warning("seed %d", seed)  # shown when the test fails
+    rng = random.Random(seed)
+    target = {"w": np.zeros(500_000, np.float32)}
+    for trial in range(4):
+        folder = tmp_path / str(trial)
+        program = f"import sys\nrounds = {rng.randrange(1, 50)}\n{TRAINING}"
+        child = subprocess.Popen(
+            [sys.executable, "-c", program, str(folder)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(rng.uniform(0, 0.3))
+        child.send_signal(signal.SIGKILL)
+        done = max([0, *map(int, child.stdout.read().split())])
+        child.wait()
+        child.stdout.close()
+        restored = checkpoint.latest(folder, target)
+        assert restored is not None and restored.number in (done, done + 1)
+        check(restored, restored.number)
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_exit_during_a_background_save(tmp_path: pathlib.Path, managed: bool) -> None:
+    """A managed writer completes its save; else the one before remains."""
+    size = 5_000_000
+    out, err = run_child(
+        f"""
+        checkpoint.save(folder, 0, tree(0), {{"number": 0}})
+        if {managed}:
+            with writer:
+                writer.save(folder, 1, tree(1), {{"number": 1}})
+                sys.exit()
+        writer.save(folder, 1, tree(1), {{"number": 1}})
+        """,
+        tmp_path,
+        size,
+    )
+    assert (out, err) == ("", "")
+    restored = checkpoint.latest(tmp_path, child_tree(0, size))
+    assert restored is not None
+    check(restored, restored.number)
+    assert restored.number == 1 or not managed
+
+
 TWO_PROCESSES = """
 import pathlib, sys
 import jax, numpy as np
@@ -192,10 +277,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 from jax.experimental import multihost_utils
-from bsce_jax import checkpoint
+from bsce_jax import checkpoint, checkpoint_writer
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
 
 def tree(number):
     rows = np.full(5000, number, np.float32)
@@ -206,18 +292,46 @@ def check(number):
     assert restored.number == restored.meta["number"] == number
     assert (restored.arrays["x"] == number).all()
 
+wait = multihost_utils.sync_global_devices
 for number in range(4):
     checkpoint.save(folder, number, tree(number), {"number": number})
+wait("saved")
 check(3)
-multihost_utils.sync_global_devices("read")
+wait("read")
 if process == 0:  # damage the newest: both fall back, and go on from there
     files = (folder / "3/arrays").rglob("*")
     max(files, key=lambda path: path.stat().st_size).write_bytes(b"")
-multihost_utils.sync_global_devices("damaged")
+wait("damaged")
 check(2)
 for number in (3, 4):
     checkpoint.save(folder, number, tree(number), {"number": number})
+wait("saved again")
 check(4)
+
+# In the background, while both go on with updates that need each other.
+update = jax.jit(lambda x: x + 0 * x.sum(), in_shardings=rows, out_shardings=rows)
+x = jax.make_array_from_process_local_data(rows, np.ones(2000, np.float32))
+during = []
+with checkpoint_writer.Writer() as writer:
+    for number in range(5, 10):
+        writer.save(
+            folder, number, tree(number), {"number": number},
+            then=lambda meta: during.append(updates),
+        )
+        for updates in range(40 * number, 40 * number + 40):
+            x = update(x)
+            x.block_until_ready()
+assert np.asarray(x.addressable_data(0)).max() == 1
+wait("saved in the background")
+check(9)
+if process == 0:
+    print("ended during updates", during)
+
+# A folder that is not the same one.
+try:
+    checkpoint.latest(folder if process == 0 else folder / "local", tree(0))
+except checkpoint.CheckpointError as error:
+    print(error)
 print("done", checkpoint.numbers(folder))
 """
 
@@ -239,7 +353,8 @@ def test_two_processes(tmp_path: pathlib.Path) -> None:
     try:
         for child in children:
             out, err = child.communicate(timeout=90)
-            assert "done [3, 4]" in out, err
+            assert "done [8, 9]" in out, err
+            assert "read other checkpoints in" in out and "9, none" in out
     finally:
         for child in children:
             child.kill()

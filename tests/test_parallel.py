@@ -1,5 +1,7 @@
 """Placing arrays on devices and fetching them, and the two compilers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,18 +24,25 @@ def example(rows: int, updates: int = 2) -> dict:
     }
 
 
+def joined(mode, leaf):
+    """The rows of a placed batch in one axis."""
+    value = np.asarray(leaf)
+    return value.reshape(len(value), -1, *value.shape[3:]) if mode == "pmap" else value
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("devices", [1, 3, 8])
 @pytest.mark.parametrize("rows", [1, 5, 8, 13, 24])
-def test_shard_and_unshard_are_a_round_trip(mode, devices, rows):
+def test_sharded_rows_keep_their_order_and_are_filled_with_zeros(mode, devices, rows):
     place = parallel.create(mode, jax.devices()[:devices])
     tree = example(rows)
     sharded = parallel.shard(place, tree)
-    found = parallel.unshard(place, sharded, rows)
-    assert jax.tree.structure(found) == jax.tree.structure(tree)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(tree), strict=True):
-        np.testing.assert_array_equal(a, b)
+    filled = jax.tree.map(functools.partial(joined, mode), sharded)
+    assert jax.tree.structure(filled) == jax.tree.structure(tree)
+    for a, b in zip(jax.tree.leaves(filled), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_array_equal(a[:, :rows], b)
         assert a.dtype == b.dtype
+        assert not a[:, rows:].any()  # zeros: not valid
     each = -(-rows // devices)
     shape = (2, devices, each) if mode == "pmap" else (2, devices * each)
     for leaf in jax.tree.leaves(sharded):
@@ -41,9 +50,19 @@ def test_shard_and_unshard_are_a_round_trip(mode, devices, rows):
         sizes = {s.data.size for s in leaf.addressable_shards}
         assert len(leaf.addressable_shards) == devices
         assert sizes == {leaf.size // devices}
-    filled = parallel.unshard(place, sharded, devices * each)
-    for leaf in jax.tree.leaves(filled):
-        assert not leaf[:, rows:].any()  # zeros: not valid
+    own = parallel.local_rows(place, rows)
+    np.testing.assert_array_equal(own, np.arange(devices * each))
+    again = parallel.shard_own(place, filled)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(sharded), strict=True):
+        assert a.sharding == b.sharding
+        np.testing.assert_array_equal(a, b)
+
+
+def test_one_process_agrees_with_itself():
+    place = parallel.create("jit")
+    np.testing.assert_array_equal(parallel.largest(place, (3, False, True)), [3, 0, 1])
+    assert place.num_processes == 1 and parallel.is_first()
+    parallel.wait_for_all("returns")
 
 
 def test_rows_stay_in_order_over_the_devices():
@@ -146,7 +165,7 @@ def test_inputs_and_outputs_of_both_kinds(mode, devices, rows):
     np.testing.assert_allclose(totals["total"], expected.sum(axis=1), rtol=1e-5)
     assert totals["total"].shape == (2,)
     assert totals["total"].sharding.is_fully_replicated
-    fetched = parallel.unshard(place, values, rows)
+    fetched = parallel.fetch(values, rows)
     np.testing.assert_allclose(fetched, expected, rtol=1e-6)
 
 
@@ -174,7 +193,7 @@ def test_nothing_compiles_again_whatever_the_values_were_made_of(
             parallel.replicate(place, shift),
             parallel.shard(place, batch(8, seed)),
         )
-        return totals, parallel.unshard(place, values, 8)
+        return totals, parallel.fetch(values, 8)
 
     totals, _ = call(np.float32(2.0), 0)
     checkpoint.save(tmp_path, 0, {"scale": np.float32(3.0)}, {}, keep=1)

@@ -5,6 +5,7 @@ results give the same bytes. Colours are those of Okabe and Ito, which colour-bl
 readers can tell apart; runs differ in marker and line style too.
 """
 
+import io
 import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from bsce_jax.errors import UserError
+from bsce_jax.report import results as results_file
 from bsce_jax.report import tables
 
 Results = Mapping[str, Any]
@@ -193,15 +195,20 @@ def canvas(
     path: epath.PathLike,
     layout: Literal["constrained", "compressed"] = "constrained",
 ) -> Iterator[Figure]:
-    """A figure of a size in inches that is saved at the end, in this module's style."""
+    """A figure of a size in inches that is saved at the end, in this module's style.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # not the reader's own settings
         matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=size, layout=layout)
         canvas = FigureCanvasAgg(figure)
         yield figure
-        with epath.Path(path).open("wb") as file:
-            canvas.print_png(file, metadata={"Software": None})
+        file = io.BytesIO()
+        canvas.print_png(file, metadata={"Software": None})
+        results_file.replace(epath.Path(path), file.getvalue())
 
 
 def _finished(runs: Sequence[Results]) -> dict[str, list[Results]]:

@@ -64,27 +64,34 @@ def write(workdir: epath.PathLike, results: Mapping[str, Any]) -> None:
     replace(epath.Path(workdir) / FILE_NAME, text)
 
 
-def replace(target: epath.Path, text: str) -> None:
-    """Replaces a text file; after a crash it is the old file or the new one.
+def replace(target: epath.Path, content: str | bytes) -> None:
+    """Replaces a file; after a crash it is the old file or the new one.
 
     Raises:
       UserError: it cannot be written.
     """
+    data = content.encode() if isinstance(content, str) else content
     try:
         if "://" in os.fspath(target):
-            target.write_text(text)  # object stores replace a whole object at once
+            target.write_bytes(data)  # object stores replace a whole object at once
         else:
-            _replace(target, text)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+            _replace(target, data)
+    except Exception as error:  # object stores raise others than OSError, too
+        raise UserError(f"{target} cannot be written: {_reason(error)}") from error
 
 
-def _replace(target: epath.Path, text: str) -> None:
+def _reason(error: Exception) -> str:
+    """One line: the operating system's own words if it has any."""
+    words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+    return " ".join(words.split())
+
+
+def _replace(target: epath.Path, data: bytes) -> None:
     # One fixed name: what a killed run left behind is overwritten by the next one.
     temporary = target.with_name(f".{target.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -111,7 +118,7 @@ def read(workdir: epath.PathLike) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: expected a run's workdir") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
     except ValueError as error:  # neither UTF-8 nor JSON
         raise UserError(f"{path} is not JSON: {error}") from None
     try:

@@ -148,7 +148,7 @@ def reproduce(options: argparse.Namespace) -> int:
     limit = options.limit_seconds
     deadline = time.monotonic() + limit - runner.GRACE if limit else float("inf")
     with startup.StopSignal() as stop, contextlib.suppress(KeyboardInterrupt):
-        work.work(deadline, stop.requested)
+        work.work(deadline, lambda: stop.number != 0)
     left = [name for name, state in work.states.items() if state != "done"]
     print(f"{len(mine) - len(left)} of {len(mine)} runs done; {output / 'report.html'}")
     failed = [name for name, state in work.states.items() if state == "failed"]

@@ -1,0 +1,282 @@
+"""Runs of two real processes: the same results, and what happens when one fails."""
+
+import contextlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from bsce_jax import checkpoint, cluster, peers
+from bsce_jax.errors import UserError
+from tests import process_worker, runs
+from tests.test_resume import newest
+
+EVERY_UPDATE = "--config.checkpoint.minutes=0"
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def started(commands, devices: int) -> Iterator[list[subprocess.Popen]]:
+    """Processes that are ended at the latest when the test is."""
+    processes = [
+        subprocess.Popen(
+            command,
+            cwd=runs.ROOT,
+            env=runs.environment(devices),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for command in commands
+    ]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def together(config, workdir, *overrides, devices=1, address=""):
+    """Two processes of one run."""
+    address = address or free_address()
+    commands = [
+        runs.command(
+            config,
+            workdir,
+            f"--coordinator_address={address}",
+            "--num_processes=2",
+            f"--process_id={process}",
+            *overrides,
+        )
+        for process in range(2)
+    ]
+    return started(commands, devices)
+
+
+def wait_for(workdir, number: int, processes) -> None:
+    """Returns once checkpoint `number` is there."""
+    while newest(workdir) < number:
+        time.sleep(0.01)
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
+
+
+def test_two_processes_compute_what_one_device_does(tmp_path):
+    """Every loss, with Meta and without, three updates in float64; a whole set."""
+    address = free_address()
+    commands = [
+        [sys.executable, "-m", "tests.process_worker", address, str(i), str(tmp_path)]
+        for i in range(2)
+    ]
+    with started(commands, 4) as processes:
+        expected = process_worker.everything(jax.devices()[:1])
+        for process in processes:
+            _, errors = process.communicate(timeout=400)
+            assert process.returncode == 0, errors
+    first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
+    assert first["largest"].tolist() == second["largest"].tolist() == [1, 7]
+    assert first["local rows"].tolist() == list(range(8))
+    assert second["local rows"].tolist() == list(range(8, 16))
+    assert len(expected) > 60
+    for name, value in expected.items():
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+        if value.dtype.kind == "f":
+            exact = 1e-9 if value.dtype == np.float64 else 1e-5
+            np.testing.assert_allclose(
+                first[name], value, rtol=exact, atol=exact, err_msg=name
+            )
+        else:
+            np.testing.assert_array_equal(first[name], value, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def podnet(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("podnet")
+    return runs.config_file(folder, classes=6, base=4, steps=2, method="podnet")
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baseline")
+    return runs.config_file(folder, classes=6, base=4, steps=2, epochs=3)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(baseline):
+    """One process, one device."""
+    workdir = baseline.parent / "undisturbed"
+    runs.run(baseline, workdir, "--config.prior=meta", EVERY_UPDATE)
+    return workdir
+
+
+def same_run(workdir, other, hashes: bool = True) -> None:
+    """The same scenario and exemplars; losses, alpha and accuracies up to rounding."""
+    ours, theirs = runs.results(workdir), runs.results(other)
+    names = ("config_hash", "base_hash") if hashes else ()
+    for name in ("class_order", "status", *names):
+        assert ours[name] == theirs[name]
+    for a, b in zip(ours["steps"], theirs["steps"], strict=True):
+        for name, value in b["result"].items():
+            if name in ("loss", "finetune_loss", "alpha"):
+                np.testing.assert_allclose(a["result"][name], value, rtol=1e-3)
+            elif name not in ("parameters_sha256", "confusion"):
+                assert a["result"][name] == pytest.approx(value), name
+    rankings = [ranking(folder) for folder in (workdir, other)]
+    np.testing.assert_array_equal(*rankings)
+    assert (rankings[0] >= 0).all()
+
+
+def ranking(workdir) -> np.ndarray:
+    folder = workdir / "checkpoints"
+    shape = jax.ShapeDtypeStruct((6, 3), np.int32)
+    last = newest(workdir)
+    return checkpoint.restore(folder, last, {"ranking": shape}, partial=True).arrays[
+        "ranking"
+    ]
+
+
+def test_a_run_of_two_processes_is_that_of_one_device(podnet):
+    """Two times four devices: all phases, k-means proxies, exemplars, fine-tuning."""
+    overrides = ("--config.finetune.epochs=2", EVERY_UPDATE)
+    workdir = podnet.parent / "two"
+    with together(podnet, workdir, *overrides, devices=4) as processes:
+        printed = []
+        for process in processes:
+            printed.append(process.communicate(timeout=400))
+            assert process.returncode == 0, printed[-1][1]
+    (table, log), (other_table, other_log) = printed
+    assert "average incremental accuracy" in table and "step 2/2" in log
+    assert "average" not in other_table and "step" not in other_log  # the first alone
+    runs.run(podnet, podnet.parent / "one", *overrides)
+    same_run(workdir, podnet.parent / "one")
+    assert runs.results(workdir)["steps"][0]["telemetry"]["processes"] == 2
+
+
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(baseline, undisturbed):
+    """Killed while training: a clear line within the time-out, then four devices."""
+    workdir = baseline.parent / "killed"
+    overrides = ("--config.prior=meta", EVERY_UPDATE)
+    with together(baseline, workdir, *overrides, "--peer_timeout=30") as processes:
+        wait_for(workdir, 3, processes)
+        processes[1].kill()
+        killed = time.monotonic()
+        _, errors = processes[0].communicate(timeout=120)
+        assert time.monotonic() - killed < 60
+    assert processes[0].returncode == peers.LOST, errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("bsce_jax:")]
+    assert line.startswith("bsce_jax: process 0 ends: process 1 is gone")
+    assert line.endswith("continues from the last checkpoint")
+    assert not (workdir / "results.json").exists() or newest(workdir) < 15
+    runs.run(baseline, workdir, *overrides, devices=4)
+    same_run(workdir, undisturbed)
+
+
+def test_the_death_of_the_first_process_is_noticed_at_once(baseline):
+    workdir = baseline.parent / "first"
+    with together(baseline, workdir, EVERY_UPDATE) as processes:
+        wait_for(workdir, 2, processes)
+        processes[0].kill()
+        killed = time.monotonic()
+        _, errors = processes[1].communicate(timeout=120)
+        assert time.monotonic() - killed < 60
+    assert processes[1].returncode != 0
+    assert "bsce_jax: process 1 ends: process 0 is gone" in errors
+
+
+def test_sigterm_at_different_moments_stops_all_at_one_update(baseline, undisturbed):
+    workdir = baseline.parent / "terminated"
+    overrides = ("--config.prior=meta", "--config.checkpoint.minutes=60")
+    with together(baseline, workdir, *overrides) as processes:
+        # The end of the base step is a checkpoint; training goes on.
+        wait_for(workdir, 3, processes)
+        processes[1].send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        time.sleep(0.4)
+        processes[0].send_signal(signal.SIGTERM)
+        printed = [process.communicate(timeout=60)[1] for process in processes]
+        assert time.monotonic() - sent < 30
+    assert [process.returncode for process in processes] == [143, 143], printed
+    (where,) = re.findall(r"stopped in step (\d) after update (\d+); saved", printed[0])
+    step, update = map(int, where)
+    meta = checkpoint.read_meta(workdir / "checkpoints", newest(workdir))
+    assert (meta["step"], meta["history"]["updates"]) == (step, update)
+    with together(baseline, workdir, *overrides) as processes:
+        for process in processes:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+    same_run(workdir, undisturbed)
+
+
+def test_an_error_of_one_process_is_told_to_the_others(baseline):
+    """The second one finds no data."""
+    address = free_address()
+    commands = [
+        runs.command(
+            baseline,
+            baseline.parent / "elsewhere",
+            f"--coordinator_address={address}",
+            "--num_processes=2",
+            f"--process_id={process}",
+            *(["--config.data.data_dir=/nowhere"] if process else []),
+        )
+        for process in range(2)
+    ]
+    with started(commands, 1) as processes:
+        errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [peers.LOST, 2], errors
+    assert "bsce_jax: data set 'blobs' is not on this machine" in errors[1]
+    assert "process 0 ends: process 1 failed: data set 'blobs' is not on" in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        (("localhost:1", 0, 0), "expected all three or none, got 'localhost:1', 0 and"),
+        (("", 2, -1), "expected all three or none, got '', 2 and -1"),
+        (("localhost:1", 2, 2), "--process_id=2: expected less than --num_processes=2"),
+    ],
+)
+def test_an_incomplete_address_is_refused(address, message):
+    with pytest.raises(UserError, match=message):
+        cluster.join(cluster.Address(*address), 60.0)
+
+
+def test_one_process_joins_nobody(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")  # in a batch script, outside of srun
+    assert cluster.join(cluster.Address(), 60.0) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, []),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
+    ],
+)
+def test_launchers_are_found_and_a_lone_task_takes_all_devices(
+    monkeypatch, variables, expected
+):
+    slurm = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "0"}
+    given = variables | (slurm if "SLURM_NTASKS" in variables else {})
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda **options: calls.append(options)
+    )
+    assert cluster.join(cluster.Address(), 60.0) is None  # one process after all
+    assert calls == [{"local_device_ids": expected}]
