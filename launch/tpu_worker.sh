@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# What tpu_pod.sh does on a worker of the pod: it copies this file there and calls it.
+#
+#   tpu_worker.sh install PYTHON SOURCE REF       environment and project, in ~/bsce_jax
+#   tpu_worker.sh mount disk|bucket BUCKET DIR    the data sets, read-only
+#   tpu_worker.sh start GRACE COMMAND...          in the project, in the background
+#   tpu_worker.sh status | stop GRACE | log LINES
+set -euo pipefail
+
+home=$HOME/bsce_jax
+project=$home/project run=$home/run
+mkdir -p "$project" "$run"
+PATH=$HOME/.local/bin:$PATH # where pip puts uv
+
+install() { # PYTHON SOURCE REF: SOURCE is a git URL, or a wheel's name in the project
+  local python=$1 source=$2 ref=$3 wanted='.[tpu]' constraints=()
+  cd "$project"
+  # The images' own Python is too old.
+  command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+  if [[ $source == *.whl ]]; then
+    wanted="./${source}[tpu]"
+  else
+    [[ -d .git ]] || git init --quiet
+    git fetch --quiet --depth=1 "$source" "$ref"
+    git checkout --quiet --force FETCH_HEAD
+  fi
+  uv venv --quiet --allow-existing --python "$python" "$home/env"
+  [[ ! -f constraints.txt ]] || constraints=(--constraint constraints.txt)
+  uv pip install --quiet --python "$home/env/bin/python" "${constraints[@]}" "$wanted"
+}
+
+mount_data() { # disk|bucket BUCKET DIR
+  local how=$1 bucket=$2 folder=$3 device
+  ! mountpoint --quiet "$folder" || return 0
+  sudo mkdir -p "$folder"
+  if [[ $how == disk ]]; then
+    # Its name differs between machine types: it is the ext4 that nothing has mounted.
+    device=$(lsblk --noheadings --raw --paths --output NAME,FSTYPE,MOUNTPOINT |
+      awk '$2 == "ext4" && $3 == "" && !found++ { print $1 }')
+    [[ -n $device ]] || { echo "no disk with an ext4 file system to mount" >&2 && exit 1; }
+    sudo mount -o ro,noload "$device" "$folder"
+  else
+    command -v gcsfuse >/dev/null || install_gcsfuse
+    sudo chown "$(id -u)" "$folder"
+    gcsfuse --implicit-dirs -o ro "$bucket" "$folder"
+  fi
+}
+
+install_gcsfuse() {
+  local key=/usr/share/keyrings/cloud.google.asc url=https://packages.cloud.google.com/apt
+  curl --fail --silent "$url/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
+  echo "deb [signed-by=$key] $url gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get update -qq
+  sudo apt-get install -qq -y gcsfuse
+}
+
+running() { # a program that was started, and has not ended, holds the lock
+  [[ -e $run/lock ]] && ! flock --nonblock "$run/lock" true
+}
+
+start() { # GRACE COMMAND...
+  end_program "$1"
+  rm -f "$run/status" "$run/stopped"
+  touch "$run/started"
+  setsid "$BASH" "$0" supervise "${@:2}" >>"$run/log" 2>&1 </dev/null &
+  disown
+  local look
+  for ((look = 0; look < 100; look++)); do # else `status` could say "lost"
+    running || [[ -e $run/status ]] && break
+    sleep 0.1
+  done
+}
+
+supervise() { # COMMAND...: keeps the exit status; the program itself must not inherit 9
+  exec 9>"$run/lock"
+  flock --timeout 10 9
+  local status=0
+  cd "$project"
+  "$@" 9>&- &
+  echo "$!" >"$run/pid"
+  wait "$!" || status=$?
+  printf '%s\n' "$status" >"$run/status.new"
+  mv "$run/status.new" "$run/status"
+}
+
+end_program() { # GRACE: SIGTERM, which saves; SIGKILL to it and its children after GRACE
+  local pid second
+  running || return 0
+  pid=$(<"$run/pid")
+  kill -s TERM "$pid" 2>/dev/null || true
+  for ((second = 0; second < $1; second++)); do
+    running || return 0
+    sleep 1
+  done
+  kill -s KILL -- "-$(ps -o pgid= -p "$pid" | tr -d ' ')" 2>/dev/null || true
+  echo 137 >"$run/status"
+}
+
+status() { # one line: running, an exit status, stopped, lost (the machine restarted), none
+  local state=none
+  if running; then
+    state=running
+  elif [[ -e $run/stopped ]]; then
+    state=stopped
+  elif [[ -e $run/status ]]; then
+    state=$(<"$run/status")
+  elif [[ -e $run/started ]]; then
+    state=lost
+  fi
+  printf 'bsce_jax_status %s %s\n' "$(hostname)" "$state"
+}
+
+stop() { # GRACE
+  touch "$run/stopped"
+  end_program "$1"
+}
+
+log() { # LINES
+  printf '== %s\n' "$(hostname)"
+  [[ ! -e $run/log ]] || tail -n "$1" "$run/log"
+}
+
+case ${1:-} in
+  install | start | supervise | status | stop | log) "$@" ;;
+  mount) mount_data "${@:2}" ;;
+  *) sed -n 's/^# \{0,1\}//p' "$0" | head -7 && exit 2 ;;
+esac
