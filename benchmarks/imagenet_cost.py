@@ -211,7 +211,7 @@ def measure(
     plain = updates.make_train_update(program)
     meta = updates.make_meta_update(program) if program.meta else None
     every = config.meta.every
-    found = {"method": method, "prior": prior, "dtype": dtype}
+    found: dict[str, Any] = {"method": method, "prior": prior, "dtype": dtype}
     found |= sizes(config, program, options) | {"batches": {}}
     for batch in options.batch:
         arguments = make_arguments(config, program, batch, options)

@@ -4,6 +4,7 @@ For each step: begin -> train -> fine-tune -> exemplars -> evaluate -> checkpoin
 that must survive a crash is in the checkpoint; results.json is written from it.
 """
 
+import contextlib
 import logging
 import time
 from typing import Any
@@ -209,6 +210,7 @@ def _fit(
     last_save = time.monotonic()
 
     def after_call(history: training.History, images: int) -> None:
+        run.writer.check()
         run.monitor.trained(plan, history, progress.before, images)
 
     def due() -> bool:
@@ -236,7 +238,8 @@ def _fit(
             stop=lambda: stop.number,
         )
     except training.NotFiniteError as error:
-        run.writer.wait()
+        with contextlib.suppress(UserError):
+            run.writer.wait()
         kept = checkpoint.numbers(run.checkpoints)
         last = f"checkpoint {kept[-1]}" if kept else "none"
         raise UserError(f"{error}; last good: {last} in {run.checkpoints}") from None

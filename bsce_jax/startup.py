@@ -1,5 +1,6 @@
 """Prepares the process for a run: JAX's settings, the workdir, signals."""
 
+import logging
 import os
 import signal
 import threading
@@ -13,6 +14,8 @@ from ml_collections import ConfigDict
 from bsce_jax.config import config_hash
 from bsce_jax.errors import UserError
 
+logger = logging.getLogger("bsce_jax")
+
 
 def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
     """Applies the configuration's JAX settings; before any computation.
@@ -25,10 +28,16 @@ def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if config.deterministic:
         # Autotuning picks kernels by timing: its choices must be kept with the run.
-        flags = (
-            "--xla_gpu_deterministic_ops=true",
-            f"--xla_gpu_per_fusion_autotune_cache_dir={workdir / 'autotune'}",
-        )
+        flags = ["--xla_gpu_deterministic_ops=true"]
+        if "://" in str(workdir):
+            logger.warning(
+                "config.deterministic=True: XLA keeps its choice of kernels in a local "
+                "folder only, not in %s; another machine may choose others",
+                workdir,
+            )
+        else:
+            folder = workdir / "autotune"
+            flags.append(f"--xla_gpu_per_fusion_autotune_cache_dir={folder}")
         known = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = " ".join([known, *flags]).strip()
     if config.compile_cache:
@@ -43,17 +52,22 @@ def open_workdir(config: ConfigDict, workdir: str) -> epath.Path:
     """Makes the run's folder; "" stands for runs/<name>-seed<seed>-<hash>.
 
     Raises:
-      UserError: it cannot be made or written.
+      UserError: it cannot be made.
     """
     if not workdir:
         short = config_hash(config)[:8]
         workdir = f"runs/{config.name}-seed{config.seed}-{short}"
-    path = epath.Path(workdir).expanduser()
+    remote = "://" in workdir
     try:
+        path = epath.Path(workdir) if remote else epath.Path(workdir).expanduser()
         path.mkdir(parents=True, exist_ok=True)
+    except ImportError:
+        raise UserError(
+            f"--workdir={workdir!r} needs gcsfs: pip install 'bsce_jax[gcs]'"
+        ) from None
     except OSError as error:
         raise UserError(f"--workdir={workdir!r} cannot be made: {error}") from None
-    return path.resolve()
+    return path if remote else path.resolve()
 
 
 class StopSignal:

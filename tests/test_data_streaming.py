@@ -233,9 +233,9 @@ def test_a_slow_shard_is_named(pictures):
     released = threading.Event()
 
     class Slow:
-        def __getitem__(self, record):
+        def __getitems__(self, records):
             released.wait(20)
-            return read.records[record]
+            return read.records.__getitems__(records)
 
         shard = staticmethod(read.records.shard)
 
@@ -255,5 +255,5 @@ def test_a_slow_shard_is_named(pictures):
 def test_a_slow_read_is_reported(pictures, monkeypatch, caplog):
     monkeypatch.setattr(streaming, "SLOW", 0.0)
     with caplog.at_level(logging.WARNING):
-        reader(pictures).read(0, None)
+        reader(pictures).read([0, 1])
     assert "took 0 s" in caplog.text and "pictures-train" in caplog.text

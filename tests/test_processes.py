@@ -103,12 +103,6 @@ def test_two_processes_compute_what_one_device_does(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def podnet(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("podnet")
-    return runs.config_file(folder, classes=6, base=4, steps=2, method="podnet")
-
-
-@pytest.fixture(scope="module")
 def baseline(tmp_path_factory):
     folder = tmp_path_factory.mktemp("baseline")
     return runs.config_file(folder, classes=6, base=4, steps=2, epochs=3)
@@ -118,7 +112,7 @@ def baseline(tmp_path_factory):
 def undisturbed(baseline):
     """One process, one device."""
     workdir = baseline.parent / "undisturbed"
-    runs.run(baseline, workdir, "--config.prior=meta", EVERY_UPDATE)
+    runs.run(baseline, workdir, EVERY_UPDATE)
     return workdir
 
 
@@ -148,11 +142,18 @@ def ranking(workdir) -> np.ndarray:
     ]
 
 
-def test_a_run_of_two_processes_is_that_of_one_device(podnet):
-    """Two times four devices: all phases, k-means proxies, exemplars, fine-tuning."""
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "devices", "mode"),
+    [("lucir", 4, "pmap"), ("podnet", 4, "jit"), ("podnet", 4, "pmap")],
+)
+def test_a_run_of_two_processes_is_that_of_one_device(tmp_path, method, devices, mode):
+    """All phases: new head rows, exemplars, fine-tuning, evaluation."""
+    config = runs.config_file(tmp_path, classes=6, base=4, steps=2, method=method)
     overrides = ("--config.finetune.epochs=2", EVERY_UPDATE)
-    workdir = podnet.parent / "two"
-    with together(podnet, workdir, *overrides, devices=4) as processes:
+    parallel = f"--config.parallel={mode}"
+    workdir = tmp_path / "two"
+    with together(config, workdir, *overrides, parallel, devices=devices) as processes:
         printed = []
         for process in processes:
             printed.append(process.communicate(timeout=400))
@@ -160,16 +161,15 @@ def test_a_run_of_two_processes_is_that_of_one_device(podnet):
     (table, log), (other_table, other_log) = printed
     assert "average incremental accuracy" in table and "step 2/2" in log
     assert "average" not in other_table and "step" not in other_log  # the first alone
-    runs.run(podnet, podnet.parent / "one", *overrides)
-    same_run(workdir, podnet.parent / "one")
+    runs.run(config, tmp_path / "one", *overrides, parallel)
+    same_run(workdir, tmp_path / "one")
     assert runs.results(workdir)["steps"][0]["telemetry"]["processes"] == 2
 
 
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(baseline, undisturbed):
-    """Killed while training: a clear line within the time-out, then four devices."""
+    """Killed while training: a clear line at once, then two devices."""
     workdir = baseline.parent / "killed"
-    overrides = ("--config.prior=meta", EVERY_UPDATE)
-    with together(baseline, workdir, *overrides, "--peer_timeout=30") as processes:
+    with together(baseline, workdir, EVERY_UPDATE) as processes:
         wait_for(workdir, 3, processes)
         processes[1].kill()
         killed = time.monotonic()
@@ -180,7 +180,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(baseline, undisturb
     assert line.startswith("bsce_jax: process 0 ends: process 1 is gone")
     assert line.endswith("continues from the last checkpoint")
     assert not (workdir / "results.json").exists() or newest(workdir) < 15
-    runs.run(baseline, workdir, *overrides, devices=4)
+    runs.run(baseline, workdir, EVERY_UPDATE, devices=2)
     same_run(workdir, undisturbed)
 
 
@@ -198,10 +198,8 @@ def test_the_death_of_the_first_process_is_noticed_at_once(baseline):
 
 def test_sigterm_at_different_moments_stops_all_at_one_update(baseline, undisturbed):
     workdir = baseline.parent / "terminated"
-    overrides = ("--config.prior=meta", "--config.checkpoint.minutes=60")
-    with together(baseline, workdir, *overrides) as processes:
-        # The end of the base step is a checkpoint; training goes on.
-        wait_for(workdir, 3, processes)
+    with together(baseline, workdir, EVERY_UPDATE) as processes:
+        wait_for(workdir, 7, processes)  # in the second step, compiled
         processes[1].send_signal(signal.SIGTERM)
         sent = time.monotonic()
         time.sleep(0.4)
@@ -213,7 +211,7 @@ def test_sigterm_at_different_moments_stops_all_at_one_update(baseline, undistur
     step, update = map(int, where)
     meta = checkpoint.read_meta(workdir / "checkpoints", newest(workdir))
     assert (meta["step"], meta["history"]["updates"]) == (step, update)
-    with together(baseline, workdir, *overrides) as processes:
+    with together(baseline, workdir, EVERY_UPDATE) as processes:
         for process in processes:
             _, errors = process.communicate(timeout=200)
             assert process.returncode == 0, errors

@@ -234,10 +234,11 @@ def test_a_store_that_refuses(
 # --- A whole run
 
 
+@pytest.mark.slow
 def test_a_whole_run(
     bucket: Bucket, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is that of a local folder; started again it is done at once."""
+    """It writes there and nowhere else; started again it is done at once."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles faster
     config = runs.config_file(tmp_path, classes=6, base=4, steps=1)
     workdir: Any = "gs://bucket/whole"
@@ -250,8 +251,4 @@ def test_a_whole_run(
     assert first["status"] == "done"
     runs.run(config, workdir)
     assert results.read(workdir) == first
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", f"{workdir}/compiled")
-    runs.run(config, tmp_path / "local")
-    assert not (tmp_path / "local" / "compiled").exists()
-    local = results.read(tmp_path / "local")
-    assert results.deterministic(first) == results.deterministic(local)
+    assert not (runs.ROOT / "gs:").exists()
