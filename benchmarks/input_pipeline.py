@@ -48,11 +48,9 @@ Spec = input_rivals.Spec
 def build_ours(spec: Spec) -> tuple[input_rivals.Batches, str]:
     """The project's input end to end: records on disk to batches."""
     import grain
-    from absl import flags
 
     from bsce_jax.data import batches, records, streaming
 
-    flags.FLAGS([__file__])  # Grain's processes read flags
     count, path = len(spec["files"]), os.path.join(spec["folder"], "array_record")
     write_records(spec["files"], path)
     whole = types.SimpleNamespace(

@@ -11,6 +11,7 @@ import time
 import types
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from bsce_jax.reproduce import __main__ as reproduce
@@ -33,10 +34,11 @@ def load(monkeypatch):
     return importlib.import_module
 
 
-def run(script: str, *flags: str) -> str:
+def run(script: str, *flags: str, reduced: bool = True) -> str:
     """Standard output of a script that succeeds."""
+    flags = ("--reduced", *flags) if reduced else flags
     done = subprocess.run(
-        [sys.executable, str(FOLDER / script), "--reduced", *flags],
+        [sys.executable, str(FOLDER / script), *flags],
         env=ENVIRONMENT,
         capture_output=True,
         encoding="utf-8",
@@ -73,6 +75,48 @@ def test_seeds_at_once():
     found = json.loads(run("seeds_at_once.py"))["results"]
     assert [result["seeds"] for result in found] == [1, 2]
     assert all(result["ratio"] > 0 for result in found)
+
+
+@pytest.mark.slow
+def test_many_devices(tmp_path):
+    run("many_devices.py", "--devices=2", f"--output={tmp_path / 'found.json'}")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert set(found["median"]) == {"one device", "jit", "pmap"}
+    assert all(ratio > 0 for ratio in found["time over one device"].values())
+
+
+@pytest.mark.slow
+def test_checkpoint_time():
+    assert "save" in run("checkpoint_time.py")
+
+
+@pytest.fixture
+def folder_of_jpegs(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (40, 50, 3)).astype(np.uint8)
+        PIL.Image.fromarray(pixels).save(path)
+    return tmp_path / "images"
+
+
+@pytest.mark.slow
+def test_host_memory(tmp_path, folder_of_jpegs):
+    output = tmp_path / "found.json"
+    flags = [f"--images={folder_of_jpegs}", "--epochs=3", "--pixels=16"]
+    run("host_memory.py", *flags, f"--output={output}", reduced=False)
+    found = json.loads(output.read_text())
+    assert len(found["mebibytes"]) == 3 and min(found["mebibytes"]) > 50
+
+
+@pytest.mark.slow
+def test_input_pipeline(tmp_path, folder_of_jpegs):
+    output = tmp_path / "found.json"
+    flags = [f"--images={folder_of_jpegs}", "--rounds=1", "--seconds=0.2"]
+    flags += ["--batch=8", "--size=16", "--resize=20", f"--output={output}"]
+    run("input_pipeline.py", *flags, reduced=False)
+    assert "bsce_jax" in output.read_text()
 
 
 CASES = [("podnet", "none")]

@@ -2,7 +2,13 @@
 
 import io
 import logging
+import multiprocessing
+import os
 import pathlib
+import pickle
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -110,6 +116,67 @@ def test_it_does_not_matter_who_decodes_nor_where_it_starts(pictures, monkeypatc
         for a, b in zip(found, expected[start:], strict=True):
             for name in b:
                 np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_a_decoding_process_outlives_signals_but_its_death_is_told(
+    pictures, monkeypatch
+):
+    monkeypatch.setattr(streaming, "MANY", 0)
+    plan = shuffled(epochs=500)
+    batches_read = streaming.read(reader(pictures), plan, np.arange(8), workers=1)
+    next(batches_read)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGINT, signal.SIGTERM):  # as a scheduler sends them to all
+        os.kill(worker.pid, number)
+    for _ in range(20):
+        next(batches_read)
+    worker.kill()
+    with pytest.raises(UserError, match="a decoding process is gone.*data.workers"):
+        for _ in range(1000):
+            next(batches_read)
+
+
+ORPHANS = """
+import pickle, sys
+import numpy as np
+from bsce_jax.data import streaming
+
+if __name__ == "__main__":
+    streaming.MANY = 0
+    read, plan = pickle.loads(sys.stdin.buffer.read())
+    batches = streaming.read(read, plan, np.arange(8), workers=2)
+    next(batches)
+    print("reading", flush=True)
+    import time
+    time.sleep(60)
+"""
+
+
+def test_no_decoding_process_outlives_a_killed_run(pictures, tmp_path):
+    script = tmp_path / "reads.py"
+    script.write_text(ORPHANS)
+    run = subprocess.Popen(
+        [sys.executable, str(script)],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": "."},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    run.stdin.write(pickle.dumps((reader(pictures), shuffled(epochs=500))))
+    run.stdin.close()
+    assert run.stdout.readline() == b"reading\n"
+    task = pathlib.Path(f"/proc/{run.pid}/task")
+    found = [x for path in task.glob("*/children") for x in path.read_text().split()]
+    workers = [pathlib.Path(f"/proc/{pid}/stat") for pid in found]
+    assert len(workers) >= 2
+    run.kill()
+    run.wait()
+    run.stdout.close()
+    deadline = time.monotonic() + 20
+    while any(path.exists() for path in workers) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    left = [path.read_text() for path in workers if path.exists()]
+    assert not [text for text in left if " Z " not in text]
 
 
 def test_random_crops_differ_between_epochs_and_rows(pictures):

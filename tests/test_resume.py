@@ -112,6 +112,24 @@ def test_sigterm_saves_and_the_run_goes_on(config, undisturbed):
     assert deterministic(workdir) == deterministic(undisturbed)
 
 
+def test_a_full_disk_ends_the_run_with_a_line(config):
+    """No file may grow beyond 20 kB: the network's arrays do not fit."""
+    workdir = config.parent / "full"
+    limit = ["prlimit", "--fsize=20000"]
+    done = subprocess.run(
+        [*limit, *runs.command(config, workdir, *PRIOR)],
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("bsce_jax:")]
+    assert re.search(r"cannot save checkpoint .*/full/checkpoints/\d+: File too", line)
+    assert newest(workdir) == -1
+
+
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     config, undisturbed
 ):

@@ -9,8 +9,10 @@ import dataclasses
 import functools
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import grain
@@ -198,7 +200,8 @@ def read(
         if not flags.FLAGS.is_parsed():  # Grain reads its own
             flags.FLAGS.mark_as_parsed()
         found = items.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(
-            grain.MultiprocessingOptions(count, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(count, per_worker_buffer_size=2),
+            worker_init_fn=_belong_to_the_run,
         )
     else:
         ahead = max(2 * pieces, 2 * threads)
@@ -207,12 +210,43 @@ def read(
     iterator = iter(found)
     try:
         for _ in range(start, len(plan)):
-            batch = _joined([next(iterator) for _ in range(pieces)])
+            batch = _joined([_next(iterator) for _ in range(pieces)])
             _check(batch, skip, reported)
             del batch["notes"], batch["refused"]
             yield batch
     finally:
         iterator.close()
+
+
+def _belong_to_the_run(worker: int, workers: int) -> None:
+    """Makes a decoding process end with the run, and not before.
+
+    A scheduler may signal all processes at once, but the run needs its input until it
+    has saved; and of a run that is killed nothing may be left.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _next(iterator: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    try:
+        return next(iterator)
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"a decoding process is gone, perhaps for want of memory: {reason}; "
+            "config.data.workers says how many there are"
+        ) from None
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
