@@ -97,11 +97,13 @@ def build_decode(spec: Spec) -> tuple[input_rivals.Batches, str]:
 
 
 def write_records(files: list[str], path: str) -> None:
-    """Writes the files as one shard of a tfds data set."""
+    """Writes the files as one shard, as bsce_jax.data.prepare image_folder does."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
-    writer = ArrayRecordWriter(path, "group_size:1")
+    from bsce_jax.data.builders import shards
+
+    writer = ArrayRecordWriter(path, shards.OPTIONS)
     for file in files:
         example = tf_example_pb2.Example()
         feature = example.features.feature

@@ -33,11 +33,13 @@ class Predictor(NamedTuple):
       class_names: names of the classes seen, in the order of the probabilities.
       image_shape: (height, width, channels) that images must have.
       predict: uint8 [N, H, W, channels] -> Prediction.
+      resize: how files become images, see `read_image`.
     """
 
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     predict: Callable[[np.ndarray], Prediction]
+    resize: int = -1
 
     def __call__(self, images: np.ndarray) -> Prediction:
         """Calls `predict`."""
@@ -88,7 +90,9 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
         best = tuple(names[i] for i in found.argmax(axis=1))
         return Prediction(best, found)
 
-    return Predictor(names, shape, predict)
+    data = config.data
+    streamed = data.get("loading", "resident") == "streaming"
+    return Predictor(names, shape, predict, data.resize if streamed else -1)
 
 
 def _probabilities(
@@ -127,17 +131,28 @@ def _nested(flat: dict) -> ConfigDict:
     return config
 
 
-def read_image(path: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Reads an image file as uint8 [H, W, channels], resized to `shape`.
+def read_image(path: str, shape: tuple[int, int, int], resize: int = -1) -> np.ndarray:
+    """Reads an image file as uint8 [H, W, channels] of a given shape.
+
+    Args:
+      path: of the file.
+      shape: the result's.
+      resize: shorter side before the centre crop, as in the evaluation of streamed
+        images (0 = that of the crop); -1 resizes all of the image.
 
     Raises:
       UserError: it is missing or not an image.
     """
     height, width, channels = shape
     try:
+        if resize >= 0:
+            from bsce_jax.data import decode
+
+            encoded = epath.Path(path).read_bytes()
+            return decode.test_crop(encoded, height, resize=resize, channels=channels)
         with Image.open(path) as image:
             converted = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, UnidentifiedImageError) as error:
         raise UserError(f"image {path!r} cannot be read: {error}") from None
     if converted.size != (width, height):
         converted = converted.resize((width, height), Image.Resampling.BOX)
@@ -155,7 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         predictor = load(given.workdir, given.step)
-        images = [read_image(path, predictor.image_shape) for path in given.images]
+        images = [
+            read_image(path, predictor.image_shape, predictor.resize)
+            for path in given.images
+        ]
         found = predictor(np.stack(images))
     except UserError as error:
         print(f"bsce_jax: {error}", file=sys.stderr)

@@ -9,6 +9,7 @@ import dataclasses
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +117,8 @@ class Stage:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a group of its own, as in a terminal
+            # Where the tests run in the background it is ignored, and bash keeps that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.processes.append(process)
         return process

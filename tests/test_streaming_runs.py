@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import bsce_jax
+from bsce_jax import predict
+from bsce_jax.data import decode, prepare
 from bsce_jax.report import results as results_file
 from tests import datasets, runs
 from tests.test_processes import same_run, together
@@ -123,6 +126,21 @@ def test_a_corrupt_image_ends_the_run_or_is_skipped(photos):
     tested = sum(count for *_, count in last["confusion"])
     assert tested == 11
     assert np.isfinite(base["loss"] + last["loss"]).all()
+    files_become_images_as_in_the_evaluation(photos.parent / "skipped")
+
+
+def files_become_images_as_in_the_evaluation(workdir):
+    """A resize of the shorter side, then the centre."""
+    pixels = np.random.default_rng(1).integers(0, 256, (30, 50, 3)).astype(np.uint8)
+    path = workdir / "photo.png"
+    Image.fromarray(pixels).save(path)
+    predictor = bsce_jax.load(workdir)
+    found = predict.read_image(str(path), predictor.image_shape, predictor.resize)
+    expected = decode.test_crop(path.read_bytes(), 16, resize=20)
+    np.testing.assert_array_equal(found, expected)
+    assert predict.main([str(workdir), str(path)]) == 0
+    (workdir / "photo.png").write_bytes(b"none")
+    assert predict.main([str(workdir), str(path)]) == 2
 
 
 def test_a_damaged_shard_ends_the_run_with_its_name(photos):
@@ -139,3 +157,39 @@ def test_a_damaged_shard_ends_the_run_with_its_name(photos):
     for done in (cut, missing):
         (line,) = [x for x in done.stderr.splitlines() if x.startswith("bsce_jax:")]
         assert shard.name in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["imagenet", "imagenet_subset"])
+def test_the_paper_s_configurations_run_on_a_tiny_imagenet(tmp_path, name):
+    """A thousand classes of three small JPEGs, prepared by the command; two hosts."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 1)):
+        for label in range(1000):
+            folder = tmp_path / "ILSVRC" / split / f"n{label:08d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{split}_{label}_{i}.JPEG")
+    data = tmp_path / "data"
+    prepare.main(
+        ["image_folder", "--name", "imagenet2012", "--data_dir", str(data)]
+        + ["--train", str(tmp_path / "ILSVRC" / "train")]
+        + ["--test", str(tmp_path / "ILSVRC" / "val")]
+    )
+    config = f"{runs.ROOT / 'configs' / name}.py:method=lucir,prior=balanced,memory=1"
+    overrides = [f"--config.data.data_dir={data}", "--config.model.width=4"]
+    overrides += ["--config.data.image_size=16", "--config.data.resize=18"]
+    overrides += ["--config.optim.epochs=1", "--config.optim.milestones=()"]
+    with together(config, tmp_path / "run", *overrides) as processes:
+        for process in processes:
+            _, errors = process.communicate(timeout=900)
+            assert process.returncode == 0, errors
+    found = runs.results(tmp_path / "run")
+    classes = 1000 if name == "imagenet" else 100
+    assert found["status"] == "done" and len(found["class_names"]) == classes
+    seen = [step["result"]["num_seen"] for step in found["steps"]]
+    assert seen == list(range(classes // 2, classes + 1, classes // 10))
+    # Class order: seed 1993 over the sorted identifiers, as published.
+    order = np.random.RandomState(1993).permutation(classes)
+    assert found["class_names"] == [f"n{label:08d}" for label in order]

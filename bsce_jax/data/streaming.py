@@ -201,7 +201,7 @@ def read(
             flags.FLAGS.mark_as_parsed()
         found = items.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(
             grain.MultiprocessingOptions(count, per_worker_buffer_size=2),
-            worker_init_fn=_belong_to_the_run,
+            worker_init_fn=functools.partial(_belong_to_the_run, os.getpid()),
         )
     else:
         ahead = max(2 * pieces, 2 * threads)
@@ -218,18 +218,18 @@ def read(
         iterator.close()
 
 
-def _belong_to_the_run(worker: int, workers: int) -> None:
+def _belong_to_the_run(run: int, worker: int, workers: int) -> None:
     """Makes a decoding process end with the run, and not before.
 
     A scheduler may signal all processes at once, but the run needs its input until it
-    has saved; and of a run that is killed nothing may be left.
+    has saved; and of a run that is killed nothing may be left, even if that was before
+    this process had begun: so `run` is the run's process id, not that of the parent now.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == run:
             time.sleep(1.0)
         os._exit(1)
 
@@ -250,9 +250,7 @@ def _next(iterator: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The pieces of a batch as one."""
-    if len(parts) == 1:
-        return dict(parts[0])
+    """The pieces of a batch as one, copied: a process's lie in shared memory."""
     return {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
 
 

@@ -201,7 +201,7 @@ def _run(
     )
     name = _name(_file(chosen, stem).stem, settings)
     flags = (*flags, f"--config.name={name}")
-    config = resolve(main.parse(["reproduce", *flags])[0])
+    config = resolve(main.parse(["reproduce", *flags]).config)
     key = config_hash(config)
     if key not in known.runs:
         dataset = _load(config, known)
