@@ -223,7 +223,7 @@ def _belong_to_the_run(run: int, worker: int, workers: int) -> None:
 
     A scheduler may signal all processes at once, but the run needs its input until it
     has saved; and of a run that is killed nothing may be left, even if that was before
-    this process had begun: so `run` is the run's process id, not that of the parent now.
+    this process had begun: `run` is the id of the process that started it.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
