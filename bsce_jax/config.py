@@ -96,6 +96,7 @@ NOT_HASHED = (
     "data.data_dir",
     "data.workers",
     "data.timeout",
+    "data.corrupt",  # a run that "refuse" has ended goes on with "skip"
 )
 
 

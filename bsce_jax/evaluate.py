@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bsce_jax import memory, parallel
+from bsce_jax import display, memory, parallel
 from bsce_jax.data import batches
 from bsce_jax.feed import Feed
 from bsce_jax.programs import Programs
@@ -55,7 +55,7 @@ def predict(
     """
     arguments = (params, batch_stats, seen, feed.resident)
     valid, *rest = _over_batches(
-        programs.evaluate, arguments, feed, indices, batch_size
+        programs.evaluate, arguments, feed, indices, batch_size, "evaluation"
     )
     return Predictions(valid > 0, *rest)
 
@@ -79,7 +79,7 @@ def features(
     flip = parallel.replicate(programs.parallel, np.bool_(mirrored))
     arguments = (params, batch_stats, feed.resident, flip)
     valid, found = _over_batches(
-        programs.features, arguments, feed, indices, batch_size
+        programs.features, arguments, feed, indices, batch_size, "features"
     )
     return valid > 0, found
 
@@ -114,8 +114,12 @@ def _over_batches(
     feed: Feed,
     indices: np.ndarray,
     batch_size: int,
+    what: str,
 ) -> tuple[np.ndarray, ...]:
-    """Runs a program over [1, B] rows; outputs joined along the images."""
+    """Runs a program over [1, B] rows; outputs joined along the images.
+
+    `what` is shown where it takes long.
+    """
     plan = batches.InOrder(np.asarray(indices), batch_size)
     found: list[tuple[np.ndarray, ...]] = []
     pending: collections.deque[tuple] = collections.deque()
@@ -125,7 +129,7 @@ def _over_batches(
         found.append(parallel.fetch(pending.popleft(), count))
 
     with contextlib.closing(feed.groups(plan)) as groups:
-        for rows in groups:
+        for rows in display.passing(groups, len(indices), batch_size, what):
             pending.append(program(*arguments, rows))
             if len(pending) > IN_FLIGHT:  # or streamed images pile up on the devices
                 fetch()

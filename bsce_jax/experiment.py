@@ -23,6 +23,7 @@ from bsce_jax import (
     parallel,
     session,
     startup,
+    telemetry,
     training,
 )
 from bsce_jax import plan as planning
@@ -83,6 +84,7 @@ def _steps(run: Run, stop: startup.StopSignal) -> None:
         select_exemplars(run, progress)
         record(run, progress)
         session.save(run, progress, finished=True)
+        stop_if_asked(run, progress, stop)
 
 
 def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
@@ -102,6 +104,19 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
         "steps": [],
         "summary": results_file.summary([]),
     }
+
+    parallel.require_same(
+        {
+            "configuration": results["config_hash"],
+            "data set": (
+                results["base_hash"],
+                results["class_names"],
+                dataset.train_labels.tobytes(),
+                dataset.test_labels.tobytes(),
+            ),
+            "version of a package": telemetry.versions(),
+        }
+    )
 
     def create_feed(split: planning.Split) -> feed.Feed:
         return feed.create(config, devices, split, dataset.image_shape)
@@ -243,17 +258,18 @@ def _fit(
         kept = checkpoint.numbers(run.checkpoints)
         last = f"checkpoint {kept[-1]}" if kept else "none"
         raise UserError(f"{error}; last good: {last} in {run.checkpoints}") from None
+    # Exemplars and accuracies may take long: nothing is lost meanwhile.
+    session.save(run, progress, finished=False)
 
 
 def stop_if_asked(run: Run, progress: Progress, stop: startup.StopSignal) -> None:
-    """Saves a trained step before its evaluation where a process was asked to stop.
+    """Ends a run that is saved where a process was asked to stop.
 
     Raises:
-      training.StopRequested: it was.
+      training.StopRequested: it was, and there is something left to do.
     """
     asked = parallel.largest(run.programs.parallel, (stop.number,))
-    if number := int(asked[0]):
-        session.save(run, progress, finished=False)
+    if (number := int(asked[0])) and run.results["status"] != "done":
         raise training.StopRequested(progress.step, progress.history.updates, number)
 
 
@@ -286,9 +302,15 @@ _RANDOM_EXEMPLARS, _NEW_ROWS = 2, 3
 def record(run: Run, progress: Progress) -> None:
     """Evaluates the network on all classes seen and appends the step's record."""
     result = step_result(run, progress)
+    parallel.require_same(
+        {"network": result["parameters_sha256"], "memory": progress.ranking.tolist()}
+    )
     for earlier in run.results["steps"]:
         earlier["result"].pop("confusion", None)
-    found = {"result": result, "telemetry": run.monitor.step_telemetry()}
+    tested = sum(images for *_, images in result["confusion"])
+    wanted = int(np.sum(run.dataset.test_labels < result["num_seen"]))
+    times = {**run.monitor.step_telemetry(), "skipped_test_images": wanted - tested}
+    found = {"result": result, "telemetry": times}
     run.results["steps"].append({"step": progress.step, **found})
     run.results["summary"] = results_file.summary(run.results["steps"])
     if progress.step == len(run.dataset.groups) - 1:

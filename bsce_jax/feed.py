@@ -120,9 +120,12 @@ class Streamed:
         """This process's rows of every group, on the host."""
         from bsce_jax.data import streaming  # Grain takes a second to load
 
+        streaming.shield_from_signals()  # in the thread of `groups`
         own = parallel.local_rows(self.devices, plan.size)
+        # B_t of Meta has few images: processes of its own would only take memory.
+        workers = 0 if isinstance(plan, batches.Cycled) else self.workers
         source = streaming.read(
-            self.reader, plan, own, start, workers=self.workers, skip=self.skip
+            self.reader, plan, own, start, workers=workers, skip=self.skip
         )
         try:
             for first in range(start, len(plan), width):

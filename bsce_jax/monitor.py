@@ -6,7 +6,7 @@ from typing import Any
 
 from etils import epath
 
-from bsce_jax import telemetry
+from bsce_jax import display, telemetry
 from bsce_jax.training import History, Plan
 
 
@@ -32,13 +32,13 @@ class Monitor:
         self._first_update: float | None = None
         self._images, self._training, self._done = 0, 0.0, 0
         self._last_call: float | None = None
-        self._progress: telemetry.Progress | None = None
+        self._progress: display.Progress | None = None
         self._timeline: telemetry.Timeline | None = None
 
     def start(self, update: int) -> None:
         """Opens the display; this process begins at `update` of the run."""
         self._done = update
-        self._progress = telemetry.Progress(
+        self._progress = display.Progress(
             self._total, update, seconds=self._log_seconds
         )
         self._timeline = telemetry.Timeline(self._workdir / "tensorboard", update)

@@ -8,7 +8,8 @@ processes, in the order of the mesh. What a program returns every process has wh
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -85,6 +86,30 @@ def wait_for_all(name: str) -> None:
     """Returns when every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def require_same(facts: Mapping[str, Any]) -> None:
+    """Makes sure that every process has the same facts; each must call this.
+
+    Args:
+      facts: what they are -> anything with a `repr`.
+
+    Raises:
+      UserError: names a process and what it has otherwise than the first, in all.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = [hashlib.sha256(repr(fact).encode()).digest() for fact in facts.values()]
+    mine = np.stack([np.frombuffer(digest, np.uint8) for digest in digests])
+    everyones = multihost_utils.process_allgather(mine)
+    for process, theirs in enumerate(everyones):
+        others = (theirs != everyones[0]).any(axis=1)
+        if others.any():
+            names = [n for n, other in zip(facts, others, strict=True) if other]
+            raise UserError(
+                f"process {process} has another {' and another '.join(names)} than "
+                "process 0: expected the same on every host"
+            )
 
 
 def replicate(parallel: Parallel, tree: PyTree) -> PyTree:

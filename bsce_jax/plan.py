@@ -241,7 +241,7 @@ def step_data(
         rng = np.random.default_rng([config.seed, step, _HELD_OUT])
         train, held_out = memory.balanced_split(train, labels[train], held, rng)
     counts = np.bincount(labels[train], minlength=dataset.num_classes)
-    kept = num_old * size
+    kept = len(stored)
     sampler = None
     if kept and config.sampling == "memory":
         sampler = sampling.memory(labels[train], num_old)

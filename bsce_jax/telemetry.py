@@ -1,7 +1,7 @@
-"""What a running experiment shows: progress, TensorBoard events, versions, compiles.
+"""What is known of a running experiment: TensorBoard events, versions, compiles.
 
-Nothing here changes a result. On several hosts only the first process shows and writes
-anything; the others call the same functions to no effect.
+Nothing here changes a result. On several hosts only the first process writes anything;
+the others call the same functions to no effect.
 """
 
 import contextlib
@@ -13,14 +13,13 @@ import pathlib
 import platform
 import re
 import subprocess
-import sys
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import jax
 from etils import epath
@@ -41,26 +40,19 @@ _PACKAGES = {
     "orbax": "orbax-checkpoint",
     "numpy": "numpy",
 }
-_WINDOW_SECONDS = 60.0  # rates are means over this long
 
 
 def environment() -> dict[str, Any]:
     """Versions, devices and source of this process, for the results.
 
     Returns:
-      versions: of each package (None where it is not installed) and of python;
+      versions: see `versions`;
       platform, device and devices: backend, kind and number, over all processes;
       processes; cpus: those this process may use; commit: see `commit`.
     """
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name, distribution in _PACKAGES.items():
-        try:
-            versions[name] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     allowed = getattr(os, "sched_getaffinity", None)  # absent on macOS
     return {
-        "versions": versions,
+        "versions": versions(),
         "platform": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
@@ -68,6 +60,17 @@ def environment() -> dict[str, Any]:
         "cpus": len(allowed(0)) if allowed else os.cpu_count(),
         "commit": commit(pathlib.Path(__file__)),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of python and of each package, None where it is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name, distribution in _PACKAGES.items():
+        try:
+            found[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def commit(file: pathlib.Path) -> str | None:
@@ -149,7 +152,7 @@ class Timeline:
           enabled: whether to write at all; None = in the first process only.
         """
         self._writer: Any = None
-        if not _first_process(enabled):
+        if not first_process(enabled):
             return
         # Loaded here: it looks for PyTorch and cloud libraries, which takes seconds.
         from tensorboardX import record_writer
@@ -240,159 +243,6 @@ class _StoreFile:
         return cls(epath.Path(path.partition(":")[2]))
 
 
-class Progress:
-    """Progress of a whole run: a bar on a terminal, now and then a log line elsewhere.
-
-    Shows updates done of all updates of all steps, images/s and the time left at the
-    pace of the last minute, and the newest loss that is ready: it never waits for a
-    device.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        done: int = 0,
-        *,
-        seconds: float = 10.0,
-        stream: TextIO | None = None,
-        enabled: bool | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Starts the display.
-
-        Args:
-          total: updates of the run, all steps together.
-          done: updates already done by an earlier process.
-          seconds: least time between two log lines.
-          stream: where the bar goes if it is a terminal; None = standard error.
-          enabled: whether to show anything; None = in the first process only.
-          clock: time in seconds.
-        """
-        stream = sys.stderr if stream is None else stream
-        self._total, self._done, self._images = total, done, 0
-        self._seconds, self._clock = seconds, clock
-        self._enabled = _first_process(enabled)
-        self._where = ""
-        self._loss: float | None = None
-        self._pending: deque[Any] = deque(maxlen=64)
-        self._shown = clock()
-        self._marks = deque([(self._shown, done, 0)])
-        self._bar: Any = None
-        if self._enabled and stream.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total,
-                initial=done,
-                file=stream,
-                dynamic_ncols=True,
-                bar_format="{desc}{percentage:3.0f}%|{bar}|{postfix}",
-            )
-
-    def advance(
-        self, updates: int, images: int, loss: Any = None, where: str = ""
-    ) -> None:
-        """Counts finished (or dispatched) updates.
-
-        Args:
-          updates: since the last call.
-          images: training images in them, of all hosts.
-          loss: a number or a scalar array, of any of them.
-          where: position in the run, "step 2/5, epoch 14/60"; "" = as before.
-        """
-        self._done += updates
-        self._images += images
-        self._where = where or self._where
-        if not self._enabled:
-            return
-        if loss is not None:
-            self._pending.append(loss)
-        now = self._clock()
-        interval = 0.2 if self._bar is not None else self._seconds
-        if now - self._shown >= interval:
-            self._show(now)
-
-    def note(self, message: str) -> None:
-        """Shows a line that stays: above the bar, or in the log."""
-        if self._bar is not None:
-            self._bar.write(message, file=self._bar.fp)
-        elif self._enabled:
-            logger.info("%s", message)
-
-    @property
-    def images_per_second(self) -> float:
-        """Pace of the last minute; 0 before the first update."""
-        return self._rates(self._clock())[1]
-
-    def close(self) -> None:
-        """Shows the last state and ends the bar."""
-        if not self._enabled:
-            return
-        self._show(self._clock())
-        if self._bar is not None:
-            self._bar.close()
-        self._enabled, self._bar = False, None
-
-    def _show(self, now: float) -> None:
-        self._shown = now
-        while self._pending and _is_ready(self._pending[0]):
-            self._loss = float(self._pending.popleft())
-        updates_per_second, images_per_second = self._rates(now)
-        self._marks.append((now, self._done, self._images))
-        while now - self._marks[1][0] > _WINDOW_SECONDS:
-            self._marks.popleft()
-        parts = [
-            f"{self._done}/{self._total} updates",
-            f"{images_per_second:.0f} images/s",
-        ]
-        if self._loss is not None:
-            parts.append(f"loss {self._loss:.4g}")
-        if updates_per_second:
-            left = (self._total - self._done) / updates_per_second
-            parts.append(f"{_duration(left)} left")
-        if self._bar is None:
-            logger.info(
-                "%s", ", ".join([self._where, *parts] if self._where else parts)
-            )
-            return
-        self._bar.n = self._done
-        self._bar.set_description_str(self._where and f"{self._where} ", refresh=False)
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
-        self._bar.refresh()
-
-    def _rates(self, now: float) -> tuple[float, float]:
-        """Updates and images a second since the oldest mark of the last minute."""
-        start, done, images = self._marks[0]
-        elapsed = now - start
-        if elapsed <= 0:
-            return 0.0, 0.0
-        return (self._done - done) / elapsed, (self._images - images) / elapsed
-
-    def __enter__(self) -> Self:
-        """The display itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Ends the display."""
-        self.close()
-
-
-def _first_process(enabled: bool | None) -> bool:
+def first_process(enabled: bool | None) -> bool:
+    """`enabled` where it is given, or whether this is the first process."""
     return jax.process_index() == 0 if enabled is None else enabled
-
-
-def _is_ready(value: Any) -> bool:
-    check = getattr(value, "is_ready", None)  # arrays have it, plain numbers do not
-    return check is None or check()
-
-
-def _duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 1:02:03 or 2:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -19,7 +19,7 @@ from bsce_jax.state import Rows, Schedule, StepContext, TrainState
 
 
 class NotFiniteError(UserError):
-    """The training loss became NaN or infinite."""
+    """The training loss or the network became NaN or infinite."""
 
 
 @dataclasses.dataclass
@@ -167,7 +167,7 @@ def fit(
       stop: number of the signal that asks the run to end, or 0.
 
     Raises:
-      NotFiniteError: the loss is not finite; names step and update.
+      NotFiniteError: the loss or the network is not finite; names step and update.
       StopRequested: `stop` was asked, after saving.
     """
     pending: tuple[int, int, dict[str, Any]] | None = None
@@ -181,7 +181,6 @@ def fit(
                 after_call(history, _record(plan, history, *pending))
             number, wanted = (int(value) for value in asked)
             pending = done, count, metrics
-            asked = parallel.largest(programs.parallel, (stop(), due()))
             done += count
             if wanted or number:
                 after_call(history, _record(plan, history, *pending))
@@ -189,6 +188,8 @@ def fit(
                 save(state, history)
             if number:
                 raise StopRequested(plan.step, done, number)
+            # After the save: what was due before it is due no more.
+            asked = parallel.largest(programs.parallel, (stop(), due()))
     if pending is not None:
         after_call(history, _record(plan, history, *pending))
     return state
@@ -293,13 +294,13 @@ def _record(
 ) -> int:
     """Adds a call's metrics to the history; returns its number of images."""
     fetched = {name: np.asarray(value)[:count] for name, value in metrics.items()}
+    phase = " of fine-tuning" if plan.phase == "finetune" else ""
     images = 0
     for i in range(count):
         loss, n = float(fetched["loss"][i]), float(fetched["images"][i])
         if not math.isfinite(loss):
             raise NotFiniteError(
-                f"the loss is {loss} in step {plan.step} at update {first + i}"
-                + (" of fine-tuning" if plan.phase == "finetune" else "")
+                f"the loss is {loss} in step {plan.step} at update {first + i}{phase}"
             )
         images += int(n)
         values = (loss * n, float(fetched["correct"][i]), n)
@@ -313,4 +314,9 @@ def _record(
             if plan.alpha_every:
                 alpha = float(fetched["alpha"][i])
                 history.alpha.append([history.updates, alpha])
+    if not fetched["finite"].all():
+        last = first + count - 1
+        raise NotFiniteError(
+            f"the network is not finite in step {plan.step} after update {last}{phase}"
+        )
     return images

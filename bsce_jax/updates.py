@@ -1,6 +1,7 @@
 """Consecutive updates as one compiled function: batches, random keys, the loop."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,8 @@ from bsce_jax.state import (
 )
 from bsce_jax.steps import Program, fetch, meta_step, train_step
 
+_Outcome = tuple[TrainState, dict[str, Array]]
+
 
 def make_train_update(program: Program) -> Callable:
     """Returns update(state, context, data, count, schedule, rows, axis_name).
@@ -23,6 +26,16 @@ def make_train_update(program: Program) -> Callable:
     metrics [U]. For U = 1 there is no loop: XLA:CPU runs the backward pass of a
     convolution inside a loop some 19 times slower.
     """
+    updates = _loop(program)
+
+    def update(*arguments: Any, axis_name: str | None = None) -> _Outcome:
+        return _checked(*updates(*arguments, axis_name))
+
+    return update
+
+
+def _loop(program: Program) -> Callable:
+    """As make_train_update, without the check of the network."""
 
     def update(
         state: TrainState,
@@ -63,7 +76,7 @@ def make_meta_update(program: Program) -> Callable:
     """
     meta = program.meta
     assert meta is not None
-    train_update = make_train_update(program)
+    train_update = _loop(program)
 
     def update(
         state: TrainState,
@@ -74,7 +87,7 @@ def make_meta_update(program: Program) -> Callable:
         rows: Rows,
         held_out: Rows,
         axis_name: str | None = None,
-    ) -> tuple[TrainState, dict[str, Array]]:
+    ) -> _Outcome:
         def alpha_update(state: TrainState, group: Array | int) -> TrainState:
             u = group * meta.every
             batch = fetch(program, data, rows, u, _key(schedule, u, 0))
@@ -84,7 +97,9 @@ def make_meta_update(program: Program) -> Callable:
 
         if len(rows.indices) == 1:
             state = alpha_update(state, 0)
-            return train_update(state, context, data, count, schedule, rows, axis_name)
+            return _checked(
+                *train_update(state, context, data, count, schedule, rows, axis_name)
+            )
 
         def one(
             u: Array, carry: tuple[TrainState, dict[str, Array]]
@@ -105,11 +120,22 @@ def make_meta_update(program: Program) -> Callable:
             return jax.lax.fori_loop(first, last, one, carry)
 
         groups = (count + meta.every - 1) // meta.every
-        return jax.lax.fori_loop(
-            0, groups, group, (state, _no_metrics(len(rows.indices), state))
-        )
+        carry = (state, _no_metrics(len(rows.indices), state))
+        return _checked(*jax.lax.fori_loop(0, groups, group, carry))
 
     return update
+
+
+def _checked(state: TrainState, metrics: dict[str, Array]) -> _Outcome:
+    """Adds "finite" [U]: whether the network is, after the last update.
+
+    A loss is that of the network before its update, and XLA:CPU's can be finite where
+    the network is not.
+    """
+    network = state.params, state.batch_stats
+    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(network)]
+    finite = jnp.all(jnp.stack(leaves))
+    return state, metrics | {"finite": jnp.broadcast_to(finite, metrics["loss"].shape)}
 
 
 def _key(schedule: Schedule, update: Array | int, purpose: int) -> Array:

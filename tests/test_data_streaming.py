@@ -1,5 +1,6 @@
 """Streamed images: the plan's batches, whoever decodes them, and what is unreadable."""
 
+import contextlib
 import io
 import logging
 import multiprocessing
@@ -136,6 +137,66 @@ def test_a_decoding_process_outlives_signals_but_its_death_is_told(
             next(batches_read)
 
 
+STARTING = """
+import pickle, sys
+import numpy as np
+from bsce_jax.data import streaming
+
+if __name__ == "__main__":
+    streaming.MANY = 0
+    streaming.shield_from_signals()
+    read, plan = pickle.loads(sys.stdin.buffer.read())
+    print("starting", flush=True)
+    for batch in streaming.read(read, plan, np.arange(8), workers=2):
+        pass
+    print("done", flush=True)
+"""
+
+
+def test_a_decoding_process_outlives_signals_before_it_has_begun(pictures, tmp_path):
+    script = tmp_path / "reads.py"
+    script.write_text(STARTING)
+    workers: set[str] = set()
+    with started(script, (reader(pictures), shuffled())) as run:
+        assert run.stdout.readline() == b"starting\n"
+        deadline = time.monotonic() + 30
+        while len(workers) < 2 and time.monotonic() < deadline:
+            workers |= {child for child in children(run.pid) if is_worker(child)}
+        for worker in workers:
+            os.kill(int(worker), signal.SIGTERM)
+        assert run.stdout.read() == b"done\n"
+        assert run.wait() == 0 and len(workers) == 2
+
+
+def is_worker(pid):
+    return b"spawn_main" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+@contextlib.contextmanager
+def started(script, given):
+    """A process that reads a pickle from its standard input; it is ended with it."""
+    run = subprocess.Popen(
+        [sys.executable, str(script)],
+        cwd=pathlib.Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": "."},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    run.stdin.write(pickle.dumps(given))
+    run.stdin.close()
+    try:
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+        run.stdout.close()
+
+
+def children(pid):
+    tasks = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    return [child for path in tasks for child in path.read_text().split()]
+
+
 ORPHANS = """
 import pickle, sys
 import numpy as np
@@ -155,23 +216,11 @@ if __name__ == "__main__":
 def test_no_decoding_process_outlives_a_killed_run(pictures, tmp_path):
     script = tmp_path / "reads.py"
     script.write_text(ORPHANS)
-    run = subprocess.Popen(
-        [sys.executable, str(script)],
-        cwd=pathlib.Path(__file__).parent.parent,
-        env={**os.environ, "PYTHONPATH": "."},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    run.stdin.write(pickle.dumps((reader(pictures), shuffled(epochs=500))))
-    run.stdin.close()
-    assert run.stdout.readline() == b"reading\n"
-    task = pathlib.Path(f"/proc/{run.pid}/task")
-    found = [x for path in task.glob("*/children") for x in path.read_text().split()]
+    with started(script, (reader(pictures), shuffled(epochs=500))) as run:
+        assert run.stdout.readline() == b"reading\n"
+        found = children(run.pid)
     workers = [pathlib.Path(f"/proc/{pid}/stat") for pid in found]
     assert len(workers) >= 2
-    run.kill()
-    run.wait()
-    run.stdout.close()
     deadline = time.monotonic() + 20
     while any(path.exists() for path in workers) and time.monotonic() < deadline:
         time.sleep(0.2)

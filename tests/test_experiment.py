@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import bsce_jax
+from bsce_jax import checkpoint
 from bsce_jax.errors import UserError
 from tests import runs
 
@@ -25,7 +26,7 @@ def config(folder) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def balanced(config, folder) -> pathlib.Path:
     workdir = folder / "balanced"
-    runs.run(config, workdir, "--config.prior=balanced")
+    runs.run(config, workdir, "--config.prior=balanced", "--config.checkpoint.keep=99")
     return workdir
 
 
@@ -45,6 +46,15 @@ def test_a_run_writes_results_pictures_events_and_a_table(config, balanced):
     again = runs.run(config, balanced, "--config.prior=balanced")
     assert "average incremental accuracy" in again.stdout
     assert runs.results(balanced) == results
+
+
+def test_a_step_is_saved_when_it_is_trained_and_when_it_is_finished(balanced):
+    """Whatever happens while exemplars are chosen and accuracies measured."""
+    folder = balanced / "checkpoints"
+    kept = [checkpoint.read_meta(folder, n) for n in checkpoint.numbers(folder)]
+    found = [(m["step"], m["finished"], m["history"]["updates"]) for m in kept]
+    trained = [(0, 4), (1, 4), (2, 4)]
+    assert found == [(s, end, u) for s, u in trained for end in (False, True)]
 
 
 def test_the_numbers_of_il_baseline_do_not_change(balanced):
@@ -167,12 +177,22 @@ def test_the_plan_is_printed_without_training(config, folder):
     assert "ms: about" in lines[-1] and "MiB" in lines[-1]
 
 
-def test_nan_stops_the_run_and_names_step_and_update(config, folder):
-    failed = runs.run(
-        config, folder / "nan", "--config.optim.learning_rate=1e30", status=2
-    )
+@pytest.mark.parametrize(
+    ("base_rate", "rate", "words"),
+    [
+        ("1e30", "0.1", "the loss is nan in step 0 at update 1; last good: none"),
+        ("1e8", "0.1", "the network is not finite in step 0 after update"),
+        ("0.1", "1e30", "in step 1 at update 1; last good: checkpoint 5 in"),
+    ],
+)
+def test_nan_stops_the_run_and_names_step_and_update(
+    config, folder, base_rate, rate, words
+):
+    rates = (f"optim.base_learning_rate={base_rate}", f"optim.learning_rate={rate}")
+    overrides = [f"--config.{field}" for field in rates]
+    failed = runs.run(config, folder / f"nan{base_rate}", *overrides, status=2)
     line = failed.stderr.strip().splitlines()[-1]
-    assert "step 0 at update" in line and "last good" in line
+    assert line.startswith("bsce_jax: the ") and words in line
 
 
 @pytest.mark.parametrize(

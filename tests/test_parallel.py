@@ -1,6 +1,7 @@
 """Placing arrays on devices and fetching them, and the two compilers."""
 
 import functools
+import hashlib
 
 import jax
 import jax.numpy as jnp
@@ -262,3 +263,29 @@ def test_devices_and_platform():
     two = parallel.create("jit", jax.devices()[2:4])
     assert (two.num_devices, two.platform, two.mode) == (2, "cpu", "jit")
     assert list(two.mesh.devices.flat) == jax.devices()[2:4]
+
+
+def test_processes_that_differ_are_named(monkeypatch):
+    parallel.require_same({"configuration": 1})  # one process has nobody to differ from
+    others = {"configuration": ["a", "b", "b"], "data set": ["c", "c", "c"]}
+
+    def gather(mine):
+        assert mine.shape == (2, 32) and mine.dtype == np.uint8
+        digests = [
+            [
+                hashlib.sha256(repr(facts[i]).encode()).digest()
+                for facts in others.values()
+            ]
+            for i in range(3)
+        ]
+        found = np.array([[list(d) for d in ds] for ds in digests], np.uint8)
+        np.testing.assert_array_equal(found[0], mine)
+        return found
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(parallel.multihost_utils, "process_allgather", gather)
+    message = "process 1 has another configuration than process 0: expected the same on"
+    with pytest.raises(UserError, match=message):
+        parallel.require_same({"configuration": "a", "data set": "c"})
+    others["configuration"] = ["a"] * 3
+    parallel.require_same({"configuration": "a", "data set": "c"})

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import pytest
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2
 
-from bsce_jax import telemetry
+from bsce_jax import display, telemetry
 
 # environment
 
@@ -266,7 +267,7 @@ def test_elsewhere_progress_is_a_log_line_now_and_then(
 ) -> None:
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock, stream = Clock(), io.StringIO()
-    with telemetry.Progress(
+    with display.Progress(
         1000, done=100, seconds=10.0, stream=stream, clock=clock
     ) as progress:
         for update in range(300):
@@ -287,7 +288,7 @@ def test_elsewhere_progress_is_a_log_line_now_and_then(
 
 def test_the_pace_is_that_of_the_last_minute() -> None:
     clock = Clock()
-    progress = telemetry.Progress(10**6, seconds=5.0, enabled=True, clock=clock)
+    progress = display.Progress(10**6, seconds=5.0, enabled=True, clock=clock)
     assert progress.images_per_second == 0.0
     for speed in (100, 1000):
         for _ in range(120):
@@ -299,7 +300,7 @@ def test_the_pace_is_that_of_the_last_minute() -> None:
 
 def test_progress_on_a_terminal_is_a_bar() -> None:
     clock, stream = Clock(), Terminal()
-    with telemetry.Progress(100, done=40, stream=stream, clock=clock) as progress:
+    with display.Progress(100, done=40, stream=stream, clock=clock) as progress:
         for _ in range(10):
             clock.seconds += 1.0
             progress.advance(1, images=32, loss=0.5, where="step 2/2, epoch 1/3")
@@ -314,7 +315,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 def test_a_bar_does_not_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock = Clock()
-    with telemetry.Progress(10, stream=Terminal(), clock=clock) as progress:
+    with display.Progress(10, stream=Terminal(), clock=clock) as progress:
         clock.seconds += 100.0
         progress.advance(1, images=1)
         progress.note("note")
@@ -335,7 +336,7 @@ def test_progress_never_waits_for_a_loss(caplog: pytest.LogCaptureFixture) -> No
 
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock = Clock()
-    with telemetry.Progress(10, seconds=1.0, clock=clock) as progress:
+    with display.Progress(10, seconds=1.0, clock=clock) as progress:
         for value, ready in ((3.0, True), (2.0, True), (1.0, False)):
             progress.advance(1, images=1, loss=Loss(value, ready))
         clock.seconds += 1.0
@@ -350,7 +351,7 @@ def test_other_processes_show_nothing(
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock, stream = Clock(), Terminal()
-    with telemetry.Progress(10, stream=stream, clock=clock) as progress:
+    with display.Progress(10, stream=stream, clock=clock) as progress:
         clock.seconds += 100.0
         progress.advance(1, images=100, loss=1.0)
         progress.note("note")
@@ -363,4 +364,28 @@ def test_other_processes_show_nothing(
     [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert telemetry._duration(seconds) == text
+    assert display._duration(seconds) == text
+
+
+def test_a_pass_that_takes_long_is_shown(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="bsce_jax")
+    batches = iter("abc")
+    assert list(display.passing(batches, 25, 10, "features", 0.0)) == list("abc")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == ["features: 10/25 images", "features: 20/25 images"]
+    caplog.clear()
+    assert list(display.passing("abc", 25, 10, "features")) == list("abc")  # short
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert list(display.passing("abc", 25, 10, "features", 0.0)) == list("abc")
+    assert not caplog.records
+
+
+def test_a_pass_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    for number, _ in enumerate(display.passing("abc", 25, 10, "features", 0.01)):
+        time.sleep(0.15)
+        assert ("features" in stream.getvalue()) == (number > 0)
+    assert "80%" in stream.getvalue()

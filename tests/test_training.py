@@ -130,10 +130,12 @@ class Recorder:
     image with an even index is "correct", alpha is the number of its updates.
     """
 
-    def __init__(self, updates_per_call=1, every=2, bad=None, loss=math.nan):
+    def __init__(
+        self, updates_per_call=1, every=2, bad=None, loss=math.nan, broken=None
+    ):
         self.parallel = parallel.create("jit", jax.devices()[:1])
         self.updates_per_call, self.every = updates_per_call, every
-        self.bad, self.bad_loss = bad, loss
+        self.bad, self.bad_loss, self.broken = bad, loss, broken
         self.calls: list = []
 
     def __getattr__(self, name):
@@ -152,6 +154,7 @@ class Recorder:
             "correct": (valid * (indices % 2 == 0)).sum(axis=1),
             "images": valid.sum(axis=1),
             "alpha": 1.0 + updates // self.every,
+            "finite": np.full(len(updates), self.broken not in updates[: call.count]),
         }
         return {"done": state["done"] + call.count}, metrics
 
@@ -292,12 +295,11 @@ def test_batches_of_the_held_out_images_follow_one_another(updates_per_call):
 @pytest.mark.parametrize("updates_per_call", [1, 2])
 def test_a_save_holds_a_state_and_the_history_that_belongs_to_it(updates_per_call):
     recorder = Recorder(updates_per_call)
-    _, history, saves, images = fit(recorder, plan(), wanted={2, 4})
+    _, history, saves, images = fit(recorder, plan(), wanted={2})
     assert [s["done"] for s, _ in saves] == [h["updates"] for _, h in saves]
     # Asked for while a call is in flight, agreed on with its metrics, done after the
     # next one, already dispatched.
-    late = 2 * updates_per_call
-    assert [s["done"] for s, _ in saves] == [2 + late, 4 + late]
+    assert [s["done"] for s, _ in saves] == [2 + 2 * updates_per_call]
     assert [u for u, _ in images] == [*range(updates_per_call, 9, updates_per_call), 9][
         : len(images)
     ]
@@ -363,6 +365,41 @@ def test_a_loss_that_is_not_finite_stops_training(loss, updates_per_call, bad):
     assert history.updates == bad  # what came before is there, nothing bad is
     assert math.isfinite(sum(history.sums))
     assert len(recorder.calls) <= bad // updates_per_call + 2  # one call late
+
+
+@pytest.mark.parametrize(("updates_per_call", "broken"), [(1, 3), (4, 5), (1, 8)])
+def test_a_network_that_is_not_finite_stops_training(updates_per_call, broken):
+    """Even after the last update, of whose network no loss tells."""
+    recorder = Recorder(updates_per_call, broken=broken)
+    last = broken // updates_per_call * updates_per_call + updates_per_call - 1
+    message = f"the network is not finite in step 7 after update {min(last, 8)}"
+    with pytest.raises(training.NotFiniteError, match=message):
+        fit(recorder, plan(step=7))
+
+
+def test_a_save_that_is_due_is_made_once():
+    """A clock that the save sets back; a second save would wait for the first."""
+    recorder, history, saves = Recorder(), training.History(), []
+    since = 0  # updates at the last save
+
+    def save(state, seen):
+        nonlocal since
+        since = seen.updates
+        saves.append(since)
+
+    training.fit(
+        recorder,
+        {"done": 0},
+        "context",
+        feed.Resident(recorder.parallel, "data"),
+        plan(),
+        history,
+        after_call=lambda history, images: None,
+        due=lambda: history.updates - since >= 2,
+        save=save,
+        stop=lambda: 0,
+    )
+    assert saves == [4, 8]
 
 
 def test_nothing_is_saved_after_a_loss_that_is_not_finite():

@@ -8,6 +8,7 @@ resumed at any batch sees those it would have seen. Nothing here knows devices.
 import dataclasses
 import functools
 import logging
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -176,8 +177,8 @@ def read(
       rows: int [n], the rows of each batch to read: this host's. Rows from plan.size on
         are never valid.
       start: first batch.
-      workers: processes; 0 = threads of this one, -1 = `default_workers`. Few images
-        are always read by threads.
+      workers: processes, no more than batches; 0 = threads of this one, -1 =
+        `default_workers`. Few images are always read by threads.
       skip: whether an image that cannot be decoded counts as absent.
 
     Yields:
@@ -192,6 +193,7 @@ def read(
     count = default_workers() if workers < 0 else workers
     if (len(plan) - start) * len(rows) < MANY:
         count = 0
+    count = min(count, len(plan) - start)
     threads = available_cores()
     pieces = 1 if count else min(-(-len(rows) // PIECE), 4 * threads)
     items = grain.MapDataset.source(_Pieces(len(plan), rows, start, pieces))
@@ -216,6 +218,16 @@ def read(
             yield batch
     finally:
         iterator.close()
+
+
+def shield_from_signals() -> None:
+    """Keeps SIGINT and SIGTERM from processes that the calling thread starts.
+
+    Decoding processes ignore them, but only once they have begun.
+    """
+    # Python starts this one with the first process, and lets the signals in again.
+    multiprocessing.resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 def _belong_to_the_run(run: int, worker: int, workers: int) -> None:
