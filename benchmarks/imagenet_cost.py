@@ -1,23 +1,28 @@
-"""What ImageNet-1000 costs with each method: FLOPs, device memory, checkpoints.
+"""What ImageNet-1000 costs: FLOPs, images a second, device memory, checkpoints.
 
 The first incremental step after a base step of half the classes: ResNet-18 of
 configs/methods/ on 224 x 224 images, a teacher, streamed uint8 batches, one update a
-call. All comes from shapes and from XLA's analysis of the compiled update, which needs
-no data set, hardly any memory and no accelerator:
+call. All comes from shapes and from XLA's analysis of the update, which needs no data
+set, hardly any memory and no accelerator:
 
     python benchmarks/imagenet_cost.py                     # with XLA's compiler for CPU
     pip install 'jax[tpu]'
     python benchmarks/imagenet_cost.py --target v5e:2x2    # with that for a TPU chip
+    python benchmarks/imagenet_cost.py --batch             # without memory: seconds
 
-Device memory is what the compiler allots: arguments, temporaries, and results that
-reuse no argument. On CPU that is an estimate for accelerators: its compiler has other
-layouts and turns bfloat16 convolutions into float32. The TPU's own compiler runs
-without a TPU, for minutes a program; its sizes are those of what would run.
+FLOPs are those of the update before it is compiled. Device memory is what the compiler
+allots: arguments, temporaries, and results that reuse no argument. On CPU that is an
+estimate for accelerators: its compiler has other layouts and turns bfloat16
+convolutions into float32. The TPU's own compiler runs without a TPU, for minutes a
+program; its sizes are those of what would run.
 
 Without Meta the prior is balanced: the others compile to the same program, but for
 PODNet's own loss (NCA). With Meta, FLOPs are the mean over meta.every updates, of which
 one updates alpha too; memory is that one's. Prints JSON, or writes it (--output), and
-then a table.
+then tables: of these, of the images a second that keep a chip busy (in brackets what
+that asks of each core of its host), and of runs with 5 and 10 steps. With the images/s
+that a core decodes (--decode_rate; input_pipeline.py measures it) it also says how many
+chips a host feeds.
 """
 
 import argparse
@@ -28,11 +33,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from cost import flops_and_bytes
 from meta_gradient import CONFIGS, report
 from ml_collections import ConfigDict
 
@@ -46,6 +50,33 @@ from bsce_jax.state import PyTree
 METHODS = ("il_baseline", "lucir", "podnet")
 PRIORS = ("balanced", "meta")
 MIB = 2**20
+IMAGES = 1_281_167  # of ImageNet-1000, for training
+UTILISATION = (0.3, 0.5)  # of the peak: an estimate
+
+
+class Chip(NamedTuple):
+    """An accelerator and the host that it usually comes in.
+
+    Attributes:
+      peak: FLOP/s in bfloat16, as the manufacturer says.
+      cores: physical cores of a host; clouds sell two virtual CPUs a core.
+      chips: of a host.
+    """
+
+    peak: float
+    cores: int
+    chips: int
+
+
+# Peaks: cloud.google.com/tpu/docs/v4 and /v5e, NVIDIA's data sheets of A100 and H100
+# SXM (dense). Hosts: Google's ct4p-hightpu-4t (240 virtual CPUs), ct5lp-hightpu-8t
+# (224), a2-highgpu-8g (96) and a3-highgpu-8g (208).
+CHIPS = {
+    "v4": Chip(275e12, 120, 4),
+    "v5e": Chip(197e12, 112, 8),
+    "A100": Chip(312e12, 48, 8),
+    "H100": Chip(989e12, 104, 8),
+}
 
 
 def array(shape: Sequence[int], dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
@@ -160,24 +191,31 @@ def target(name: str) -> tuple[Any, dict[str, Any] | None]:
     return found.devices[0], None
 
 
-def compile_update(
-    function: Callable, arguments: tuple[PyTree, ...], where: tuple[Any, Any]
-) -> dict[str, float]:
-    """Compiles an update; returns seconds, FLOPs and bytes of device memory."""
-    device, settings = where
+def lower(
+    function: Callable, arguments: tuple[PyTree, ...], device: Any
+) -> jax.stages.Lowered:
+    """An update before it is compiled."""
     place = jax.sharding.SingleDeviceSharding(device)
-    start = time.perf_counter()
     jitted = jax.jit(
         function, donate_argnums=0, in_shardings=place, out_shardings=place
     )
-    lowered = jitted.lower(*arguments)
+    return jitted.lower(*arguments)
+
+
+def count_flops(lowered: jax.stages.Lowered) -> float:
+    """FLOPs of one call."""
+    return (lowered.cost_analysis() or {})["flops"]
+
+
+def compile_update(lowered: jax.stages.Lowered, settings: Any) -> dict[str, float]:
+    """Compiles an update; returns seconds and bytes of device memory."""
+    start = time.perf_counter()
     built = lowered.compile(compiler_options=settings)
     seconds = time.perf_counter() - start
     used: Any = built.memory_analysis()
     results = used.output_size_in_bytes - used.alias_size_in_bytes
     return {
         "seconds": seconds,
-        "flops": flops_and_bytes(lowered, built)[0],
         "arguments": used.argument_size_in_bytes,
         "temporaries": used.temp_size_in_bytes,
         "memory": used.argument_size_in_bytes + used.temp_size_in_bytes + results,
@@ -202,57 +240,149 @@ def sizes(
     return {"parameters": count, "bytes": parts}
 
 
+def run_facts(config: ConfigDict, checkpoint: int, classes: int) -> dict[int, Any]:
+    """Images that a run trains on, and bytes of its checkpoints, by its steps.
+
+    Half of the classes are in the base step; exemplars are some of the old images.
+    """
+    found = {}
+    for count in (5, 10):
+        old = [classes // 2 + i * (classes // 2) // count for i in range(count)]
+        images = IMAGES * classes // 1000 + config.memory.per_class * sum(old)
+        kept = 1 + count + config.checkpoint.keep  # the ends of steps, and the newest
+        epochs = config.optim.epochs
+        found[count] = {"images": epochs * images, "checkpoints": kept * checkpoint}
+    return found
+
+
 def measure(
     method: str, prior: str, dtype: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Everything about a method with or without Meta in one type."""
     config, program = make_program(method, prior, dtype, options)
-    where = target(options.target)
+    device, settings = target(options.target)
     plain = updates.make_train_update(program)
     meta = updates.make_meta_update(program) if program.meta else None
-    every = config.meta.every
     found: dict[str, Any] = {"method": method, "prior": prior, "dtype": dtype}
     found |= sizes(config, program, options) | {"batches": {}}
+    found["epochs"] = config.optim.epochs
+    found["runs"] = run_facts(config, found["bytes"]["checkpoint"], options.classes)
+    first, *_ = options.batch or [32]
+    arguments = make_arguments(config, program, first, options)
+    flops = count_flops(lower(plain, arguments[:6], device))
+    if meta:
+        every = config.meta.every
+        with_alpha = count_flops(lower(meta, arguments, device))
+        found["flops_per_image_with_alpha"] = with_alpha / first
+        flops = (flops * (every - 1) + with_alpha) / every
+    found["flops_per_image"] = flops / first
     for batch in options.batch:
         arguments = make_arguments(config, program, batch, options)
-        facts = compile_update(meta or plain, arguments, where)
-        if meta and batch == options.batch[0]:
-            one = compile_update(plain, arguments[:6], where)
-            mean = (one["flops"] * (every - 1) + facts["flops"]) / every
-        elif batch == options.batch[0]:
-            mean = facts["flops"]
+        facts = compile_update(lower(meta or plain, arguments, device), settings)
         found["batches"][batch] = {k: round(v, 1) for k, v in facts.items()}
         note = f"{method} {prior} {dtype} {batch}: {facts['memory'] / MIB:.0f} MiB"
         print(note, f"in {facts['seconds']:.0f} s", file=sys.stderr)
-    found["flops_per_image"] = mean / options.batch[0]
     return found
 
 
-def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table, one line a method, prior and type."""
-    batches = list(results[0]["batches"])
-    header = [
-        "method",
-        "Meta",
-        "type",
-        "parameters, M",
-        "checkpoint, MiB",
-        "GFLOP an image",
-        *(f"MiB at {batch}" for batch in batches),
-    ]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for result in results:
-        cells = [
-            result["method"],
-            "yes" if result["prior"] == "meta" else "no",
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def name_of(result: Mapping[str, Any]) -> list[str]:
+    """The first two cells of a line: method, and whether with Meta."""
+    return [result["method"], "yes" if result["prior"] == "meta" else "no"]
+
+
+def short(number: float, digits: int) -> str:
+    """A number with so many digits, besides zeros for thousands."""
+    rounded = float(f"{number:.{digits}g}")
+    return f"{rounded:,.{max(0, digits - len(str(int(rounded))))}f}"
+
+
+def span(numbers: Sequence[float], digits: int) -> str:
+    """The range of some numbers."""
+    return f"{short(min(numbers), digits)}-{short(max(numbers), digits)}"
+
+
+def cost_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Parameters, checkpoint, FLOPs and memory."""
+    header = ["method", "Meta", "type", "parameters, M", "checkpoint, MiB"]
+    header += ["GFLOP an image", *(f"MiB at {b}" for b in results[0]["batches"])]
+    rows = [
+        [
+            *name_of(result),
             result["dtype"],
             f"{result['parameters'] / 1e6:.1f}",
             f"{result['bytes']['checkpoint'] / MIB:.0f}",
             f"{result['flops_per_image'] / 1e9:.1f}",
-            *(f"{facts['memory'] / MIB:.0f}" for facts in result["batches"].values()),
+            *(f"{facts['memory'] / MIB:,.0f}" for facts in result["batches"].values()),
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for result in results
+    ]
+    return table(header, rows)
+
+
+def rates(result: Mapping[str, Any], chip: Chip) -> list[float]:
+    """Images a second that keep a chip busy, least and most."""
+    return [share * chip.peak / result["flops_per_image"] for share in UTILISATION]
+
+
+def chip_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Images a second that keep a chip busy; in brackets, those of each core."""
+    header = ["method", "Meta"]
+    header += [f"{name} ({c.cores // c.chips} cores)" for name, c in CHIPS.items()]
+    rows = []
+    for result in results:
+        cells = name_of(result)
+        for chip in CHIPS.values():
+            found = rates(result, chip)
+            cores = [rate * chip.chips / chip.cores for rate in found]
+            cells.append(f"{span(found, 3)} ({span(cores, 2)})")
+        rows.append(cells)
+    return table(header, rows)
+
+
+def host_table(results: Sequence[Mapping[str, Any]], rate: float) -> str:
+    """Chips that a host feeds, whose cores decode so many images a second each."""
+    header, decoded = ["method", "Meta"], ["a host decodes, images/s", ""]
+    for name, chip in CHIPS.items():
+        header.append(f"{name}: {chip.cores} cores, {chip.chips} chips")
+        decoded.append(short(chip.cores * rate, 3))
+    rows = [decoded]
+    for result in results:
+        chips = [
+            [chip.cores * rate / found for found in rates(result, chip)]
+            for chip in CHIPS.values()
+        ]
+        rows.append([*name_of(result), *(span(found, 2) for found in chips)])
+    return table(header, rows)
+
+
+def run_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Images that a run trains on, and its checkpoints."""
+    header = ["method", "Meta", "epochs"]
+    for count in results[0]["runs"]:
+        header += [f"images, M ({count} steps)", f"checkpoints, GiB ({count})"]
+    rows = []
+    for result in results:
+        cells = [*name_of(result), str(result["epochs"])]
+        for facts in result["runs"].values():
+            cells.append(f"{facts['images'] / 1e6:.0f}")
+            cells.append(f"{facts['checkpoints'] / MIB / 1024:.1f}")
+        rows.append(cells)
+    return table(header, rows)
+
+
+def tables(results: Sequence[Mapping[str, Any]], decode_rate: float) -> str:
+    """All of them; those after the first are of the first type alone."""
+    one = [result for result in results if result["dtype"] == results[0]["dtype"]]
+    found = [cost_table(results), chip_table(one), run_table(one)]
+    if decode_rate:
+        found.append(host_table(one, decode_rate))
+    return "\n".join(found)
 
 
 def parse() -> argparse.Namespace:
@@ -263,23 +393,31 @@ def parse() -> argparse.Namespace:
     add("--prior", nargs="+", default=PRIORS, choices=PRIORS)
     types = ("float32", "bfloat16")
     add("--dtype", nargs="+", default=types, choices=types)
-    add("--batch", nargs="+", type=int, default=[32, 64, 128, 256], help="of a device")
+    batches = [32, 64, 128, 256]
+    add(
+        "--batch",
+        nargs="*",
+        type=int,
+        default=batches,
+        help="of a device; none: no memory",
+    )
     add("--target", default="cpu", help="cpu, or a TPU topology (v5e:2x2)")
     add("--pixels", type=int, default=224, help="side of an image")
     add("--classes", type=int, default=1000)
     add("--width", type=int, default=0, help="first stage's channels; 0: as published")
+    add("--decode_rate", type=float, default=0, help="images/s that a core decodes")
     add("--output", help="file for the JSON; else standard output")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Compiles all, prints or writes JSON, prints the table."""
+    """Counts and compiles, prints or writes JSON, prints the tables."""
     options = parse()
     jax.config.update("jax_platforms", "cpu")  # a TPU only compiles here
     runs = itertools.product(options.method, options.prior, options.dtype)
     results = [measure(*run, options) for run in runs]
     report({"benchmark": "ImageNet-1000", "results": results}, options)
-    print(markdown(results))
+    print(tables(results, options.decode_rate))
 
 
 if __name__ == "__main__":

@@ -147,4 +147,9 @@ note() { # TEXT...: a comment among a dry run's commands, else a log line
   fi
 }
 
+foresee() { # COMMAND...: what another script's dry run prints, as comments
+  local line
+  "$@" | while IFS= read -r line; do note "  $line"; done
+}
+
 exec 3>&1 # the dry run's commands, also from within $(...)

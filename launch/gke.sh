@@ -9,28 +9,31 @@ usage() {
 Runs python -m bsce_jax.main on the hosts of a Kubernetes cluster.
 
     launch/gke.sh COMMAND [flags] -- ARGUMENTS OF bsce_jax.main
-    launch/gke.sh apply --name run --image IMAGE --hosts 4 --gpu_type nvidia-h100-80gb \
-        --data_bucket my-bucket --workdir gs://my-bucket/run -- --config configs/imagenet.py
-    launch/gke.sh print --name run --image IMAGE --hosts 4 --tpu_type tpu-v5-lite-podslice \
-        --topology 4x4 --chips 4 --workdir gs://my-bucket/run -- --config configs/imagenet.py
+    launch/gke.sh apply --name run --image IMAGE --hosts 2 --gpu_type nvidia-tesla-a100 \
+        --gpus 4 --data_bucket my-bucket --workdir gs://my-bucket/run \
+        -- --config configs/imagenet.py:method=il_baseline
+    launch/gke.sh print --name run --image IMAGE --hosts 2 --tpu_type tpu-v5-lite-podslice \
+        --topology 2x4 --workdir gs://my-bucket/run \
+        -- --config configs/imagenet.py:method=il_baseline
 
 Commands:
   print    writes the manifest to standard output
   apply    gives it to kubectl
   delete   deletes what apply made (--name, --kind, --namespace)
 
-A host that is lost restarts all of them; they go on from the checkpoints. Exit status 2, a
-wrong argument of the run, is not tried again.
+A host that is lost restarts all of them; they go on from the checkpoints. Hosts that are
+taken away do not count against --max_restarts. Exit status 2, a wrong argument of the run,
+is not tried again.
 
   --name NAME          of the job
   --namespace NAME     (kubectl's)
-  --kind KIND          jobset (needs the JobSet controller) or job (jobset)
+  --kind KIND          jobset (needs the JobSet controller, 0.10.1 or later) or job (jobset)
   --image IMAGE        with the project installed and its folder as working directory
   --hosts N            pods (1)
   --gpu_type NAME      such as nvidia-h100-80gb
   --gpus N             of each host (8)
   --tpu_type NAME      instead: such as tpu-v5-lite-podslice, tpu-v4-podslice, tpu-v6e-slice
-  --topology AxB[xC]   of the TPU slice, such as 4x4
+  --topology AxB[xC]   of the TPU slice, such as 2x4: all its chips, --hosts x --chips
   --chips N            TPU chips of each host (4)
   --spot               on Spot VMs, which end within some 25 seconds of notice
   --workdir DIR        the run's folder: gs://BUCKET/PATH, or on a volume of all hosts
@@ -41,7 +44,7 @@ wrong argument of the run, is not tried again.
   --memory SIZE        of each host, such as 400Gi
   --port N             of the coordinator, on GPUs (8476)
   --grace_seconds N    time to save (120)
-  --max_restarts N     (100)
+  --max_restarts N     after crashes (5)
   --dry_run            print the commands
 END
 }
@@ -65,7 +68,7 @@ define service_account ''
 define memory ''
 define port 8476
 define grace_seconds 120
-define max_restarts 100
+define max_restarts 5
 define dry_run no switch
 
 check_flags() { # COMMAND
@@ -83,13 +86,19 @@ check_flags() { # COMMAND
   check_number max_restarts 0 100000
   check_pattern data_bucket '^[a-z0-9][-_.a-z0-9]+$' "a bucket's name, without gs://"
   check_pattern memory '^[0-9]+(Mi|Gi|Ti)$' "a size such as 400Gi"
-  check_pattern topology '^[0-9]+x[0-9]+(x[0-9]+)?$' "a topology such as 4x4 or 2x2x4"
+  check_pattern topology '^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}$' \
+    "a topology such as 4x4 or 2x2x4"
   check_pattern data_dir '^/' "an absolute path"
   [[ -n ${flag[gpu_type]} || -n ${flag[tpu_type]} ]] ||
     die "--gpu_type or --tpu_type is missing: see --help"
   [[ -z ${flag[gpu_type]} || -z ${flag[tpu_type]} ]] ||
     die "--tpu_type='${flag[tpu_type]}': expected none beside --gpu_type"
-  [[ -z ${flag[tpu_type]} ]] || need topology
+  if [[ -n ${flag[tpu_type]} ]]; then
+    need topology
+    local chips=$((flag[hosts] * flag[chips]))
+    ((${flag[topology]//x/*} == chips)) ||
+      die "--topology='${flag[topology]}': expected one of --hosts x --chips = $chips chips"
+  fi
   [[ -z ${flag[data_bucket]} || -z ${flag[claim]} ]] ||
     die "--claim='${flag[claim]}': expected none beside --data_bucket"
   if [[ -n ${flag[data_bucket]}${flag[claim]} && -z ${flag[data_dir]} ]]; then
@@ -222,34 +231,36 @@ $(volumes | indent 2)
 END
 }
 
+rule() { # ACTION STATUS: of podFailurePolicy
+  cat <<END
+- action: $1
+  onExitCodes:
+    containerName: main
+    operator: In
+    values: [$2]
+END
+}
+
 job_spec() {
-  local rules='' backoff=0
-  if [[ ${flag[kind]} == job ]]; then
-    # The others end by themselves when one is lost, and each is made anew.
-    backoff=$((flag[max_restarts] * flag[hosts]))
-    rules='
-  - action: Ignore
-    onPodConditions:
-    - type: DisruptionTarget
-      status: "True"
-  - action: Ignore
-    onExitCodes:
-      containerName: main
-      operator: In
-      values: [143]'
+  # Where one host is lost the others end with status 3, and Kubernetes may see them first.
+  # So a crash is as many failures as hosts; with fewer the cause is still to come.
+  local restarts=0 action=FailJob
+  if [[ ${flag[kind]} == job ]]; then # it makes each pod anew, also after a disruption
+    restarts=${flag[max_restarts]} action=Ignore
   fi
   cat <<END
 completionMode: Indexed
 completions: ${flag[hosts]}
 parallelism: ${flag[hosts]}
-backoffLimit: $backoff
+backoffLimit: $(((restarts + 1) * flag[hosts] - 1))
 podFailurePolicy:
   rules:
-  - action: FailJob
-    onExitCodes:
-      containerName: main
-      operator: In
-      values: [2]$rules
+$(rule FailJob 2 | indent 2)
+  - action: $action
+    onPodConditions:
+    - type: DisruptionTarget
+      status: "True"
+$(rule $action 143 | indent 2)
 template:
 $(pod | indent 2)
 END
@@ -293,6 +304,9 @@ spec:
     maxRestarts: ${flag[max_restarts]}
     rules:
     - action: FailJobSet
+      onJobFailureReasons: [PodFailurePolicy]
+      onJobFailureMessagePatterns: ["exit code 2 matching"]
+    - action: RestartJobSetAndIgnoreMaxRestarts # disrupted, or saved
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: host

@@ -10,12 +10,13 @@ usage() {
 Submits a batch job that runs python -m bsce_jax.main on every host.
 
     launch/slurm.sh [flags] -- ARGUMENTS OF bsce_jax.main
-    launch/slurm.sh --nodes 4 --gpus 8 --cpus 64 --workdir /shared/run --data_dir /shared/data \
-        --python /shared/env/bin/python -- --config configs/imagenet.py:method=podnet
+    launch/slurm.sh --nodes 2 --gpus 4 --cpus 64 --workdir /shared/run --data_dir /shared/data \
+        --python /shared/env/bin/python -- --config configs/imagenet.py:method=il_baseline
 
 Call it in the project's folder, on a file system of all hosts. --grace_seconds before the
 time limit, and when it is preempted, the run saves and the job is requeued; it goes on from
-its checkpoints. `scancel` ends it for good, `scancel --signal=TERM JOB` saves and requeues.
+its checkpoints. It is requeued too where a process was lost or killed (status 3, or 128 and
+more). `scancel` ends it for good, `scancel --signal=TERM JOB` saves and requeues.
 
   --nodes N            hosts (1)
   --gpus N             of each host; 0 = CPU (8)
@@ -30,10 +31,11 @@ its checkpoints. `scancel` ends it for good, `scancel --signal=TERM JOB` saves a
   --setup FILE         sourced before, such as one with `module load`
   --log FILE           (bsce_jax-%j.log, %j is the job's number)
   --grace_seconds N    time to save (120)
-  --max_requeues N     (100)
+  --max_requeues N     of any cause (100)
+  --max_crashes N      requeues where a process was lost or killed (5)
   --sbatch_flag FLAG   another flag of sbatch, such as --sbatch_flag=--exclusive; may be
                        repeated
-  --dry_run            print the command
+  --dry_run            print the command, and as comments those of the job
 END
 }
 
@@ -51,6 +53,7 @@ define setup ''
 define log bsce_jax-%j.log
 define grace_seconds 120
 define max_requeues 100
+define max_crashes 5
 define sbatch_flag '' list
 define dry_run no switch
 list_sbatch_flag=()
@@ -64,6 +67,7 @@ check_pattern time '^([0-9]+|([0-9]+-)?[0-9]+:[0-9]+(:[0-9]+)?|[0-9]+-[0-9]+)$' 
   "minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS"
 check_number grace_seconds 1 65535
 check_number max_requeues 0 100000
+check_number max_crashes 0 100000
 check_file setup
 check_arguments
 run_arguments
@@ -76,5 +80,10 @@ options+=("--time=${flag[time]}" "--signal=TERM@${flag[grace_seconds]}")
 options+=(--requeue --open-mode=append "--output=${flag[log]}")
 [[ -z ${flag[partition]} ]] || options+=("--partition=${flag[partition]}")
 [[ -z ${flag[account]} ]] || options+=("--account=${flag[account]}")
-call sbatch "${options[@]}" "${list_sbatch_flag[@]}" "$here/slurm_job.sh" \
-  "${flag[max_requeues]}" "${flag[setup]}" "${flag[python]}" "${main[@]}"
+job=("${flag[max_requeues]}" "${flag[max_crashes]}" "${flag[setup]}")
+job+=("${flag[python]}" "${main[@]}")
+call sbatch "${options[@]}" "${list_sbatch_flag[@]}" "$here/slurm_job.sh" "${job[@]}"
+if [[ ${flag[dry_run]} == yes ]]; then
+  SLURM_JOB_ID=JOB SLURM_CPUS_PER_TASK=${flag[cpus]#0} \
+    foresee bash "$here/slurm_job.sh" --dry_run "${job[@]}"
+fi

@@ -10,22 +10,25 @@ usage() {
 Runs python -m bsce_jax.main on every worker of a Cloud TPU pod.
 
     launch/tpu_pod.sh COMMAND [flags] -- ARGUMENTS OF bsce_jax.main
-    launch/tpu_pod.sh all --name pod --zone us-central2-b --type v4-32 --spot \
+    launch/tpu_pod.sh all --name pod --zone us-central2-b --type v4-16 --spot \
         --repo https://HOST/OWNER/REPOSITORY --data_bucket my-bucket --workdir gs://my-bucket/run \
-        -- --config configs/imagenet.py:method=podnet
+        -- --config configs/imagenet.py:method=il_baseline
 
 Commands, each for one pod (--name, --zone):
   create   requests the pod and waits until it is there
-  install  mounts the data, installs the project on all workers
-  run      starts the run on all workers, in the background; a run that is there ends first
+  install  installs the project on all workers
+  run      mounts the data and starts the run on all workers, in the background; a run that
+           is there ends first
   watch    waits for the end of the run. A pod that was taken away is requested anew, and a
-           run that ended otherwise is started again: it goes on from its checkpoints
-  stop     saves and ends the run; whoever watches it ends too
+           run that ended otherwise is started again: it goes on from its checkpoints. At the
+           end, also where it gives up, it deletes the pod, unless --keep
+  stop     saves and ends the run; whoever watches it ends too, and deletes the pod
   log      shows the last lines of every worker's log
   delete   deletes the pod
-  all      create, install, run, watch; then delete, unless --keep
+  all      create, install, run, watch
 
-Exit status: 0 done; 1 given up; 2 wrong arguments, of this script or of the run; 143 stopped.
+Exit status: 0 done; 1 given up, or the pod could not be deleted; 2 wrong arguments, of this
+script or of the run; 143 stopped.
 
   --name NAME          of the pod
   --zone ZONE          such as us-central2-b
@@ -45,12 +48,13 @@ Exit status: 0 done; 1 given up; 2 wrong arguments, of this script or of the run
   --data_dir DIR       where the data sets are (/mnt/data with a bucket or disk)
   --poll_seconds N     between two looks at the pod (60)
   --patience N         looks without an answer until watching ends (10)
-  --max_restarts N     of the pod (100)
-  --max_crashes N      of the program, on a pod that is there (5)
+  --max_restarts N     of the pod, and attempts to get it (100)
+  --max_crashes N      of the program, and failed installations, on a pod that is there (5)
   --grace_seconds N    time to save until a worker's program is killed (120)
   --lines N            of each log (20)
-  --keep               all: does not delete the pod
-  --dry_run            print the commands, each as it would be run, and what may follow
+  --keep               all, watch: do not delete the pod
+  --dry_run            print the commands, and as comments what they run on a new worker and
+                       what may follow
 END
 }
 
@@ -117,9 +121,11 @@ check_flags() { # COMMAND
   fi
 }
 
-common_flags() { # sets `where`
+common_flags() { # sets `where` and `deletion`
   where=("--zone=${flag[zone]}")
   [[ -z ${flag[project]} ]] || where+=("--project=${flag[project]}")
+  deletion=(gcloud compute tpus queued-resources delete "${flag[name]}" "${where[@]}")
+  deletion+=(--force --quiet)
 }
 
 runtime_of() { # TYPE: see "TPU software versions" in Google's documentation
@@ -142,19 +148,34 @@ request() {
     "${flags[@]}" "${list_create_flag[@]}" --quiet
 }
 
-pod_state() { # READY, or what else the request or the pod is; UNKNOWN without an answer
-  local found
-  found=$(query ACTIVE gcloud compute tpus queued-resources describe "${flag[name]}" \
-    "${where[@]}" '--format=value(state.state)') || found=UNKNOWN
-  if [[ $found == ACTIVE ]]; then
-    found=$(query READY gcloud compute tpus tpu-vm describe "${flag[name]}" \
-      "${where[@]}" '--format=value(state)') || found=UNKNOWN
+describe() { # KIND FIELD ANSWER: a state; NOT_FOUND; UNKNOWN without an answer
+  local text
+  if text=$(query "$3" gcloud compute tpus "$1" describe "${flag[name]}" "${where[@]}" \
+    "--format=value($2)" 2>&1); then
+    # Warnings may stand around it.
+    [[ $'\n'$text$'\n' =~ $'\n'([A-Z_]+)$'\n' ]] || BASH_REMATCH=('' UNKNOWN)
+    printf '%s\n' "${BASH_REMATCH[1]}"
+  elif [[ $text == *NOT_FOUND* ]]; then
+    echo NOT_FOUND
+  else
+    printf '%s\n' "$text" >&2
+    echo UNKNOWN
   fi
-  printf '%s\n' "${found:-UNKNOWN}"
+}
+
+pod_state() { # READY, or what else the request or the pod is
+  local state
+  state=$(describe queued-resources state.state ACTIVE)
+  if [[ $state == ACTIVE ]]; then
+    state=$(describe tpu-vm state READY)
+    [[ $state != NOT_FOUND ]] || state=MISSING # and the request is still there
+  fi
+  printf '%s\n' "$state"
 }
 
 is_gone() { # STATE
-  [[ " PREEMPTED TERMINATED STOPPED SUSPENDING SUSPENDED FAILED " == *" $1 "* ]]
+  local states="NOT_FOUND MISSING PREEMPTED TERMINATED STOPPED SUSPENDING SUSPENDED FAILED"
+  [[ " $states " == *" $1 "* ]]
 }
 
 pause() {
@@ -187,8 +208,9 @@ on_workers() { # WORD...
   call "${ssh[@]}"
 }
 
-worker() { # WORD...: a command of tpu_worker.sh
-  on_workers bash bsce_jax_worker.sh "$@"
+worker() { # a command of tpu_worker.sh, on all workers
+  on_workers bash bsce_jax_worker.sh "$@" || return
+  [[ ${flag[dry_run]} == no ]] || foresee bash "$here/tpu_worker.sh" --dry_run "$@"
 }
 
 copy() { # FILE... TARGET: to all workers
@@ -199,11 +221,6 @@ copy() { # FILE... TARGET: to all workers
 install() { # each step says if it fails: `set -e` has no effect where || follows
   local source=${flag[repo]} ref=${flag[ref]}
   copy "$here/tpu_worker.sh" bsce_jax_worker.sh || return
-  if [[ -n ${flag[data_disk]} ]]; then
-    worker mount disk '' "${flag[data_dir]}" || return
-  elif [[ -n ${flag[data_bucket]} ]]; then
-    worker mount bucket "${flag[data_bucket]}" "${flag[data_dir]}" || return
-  fi
   if [[ -n ${flag[wheel]} ]]; then
     source=${flag[wheel]##*/} ref=''
     on_workers mkdir -p bsce_jax/project || return
@@ -213,32 +230,44 @@ install() { # each step says if it fails: `set -e` has no effect where || follow
   worker install "${flag[python]}" "$source" "$ref"
 }
 
-start() {
+start() { # a worker that was restarted has lost its mount
+  if [[ -n ${flag[data_disk]} ]]; then
+    worker mount disk '' "${flag[data_dir]}" || return
+  elif [[ -n ${flag[data_bucket]} ]]; then
+    worker mount bucket "${flag[data_bucket]}" "${flag[data_dir]}" || return
+  fi
   worker start "${flag[grace_seconds]}" ../env/bin/python "${main[@]}"
 }
 
 delete() {
-  call gcloud compute tpus queued-resources delete "${flag[name]}" "${where[@]}" \
-    --force --quiet
+  call "${deletion[@]}"
 }
 
-recreate() { # status 1 if any of it fails: the next look at the pod says more
-  delete && request && await_pod && install && start
+recreate() { # STATE: status 1 if it fails: the next look at the pod says more
+  [[ $1 == NOT_FOUND ]] || delete || return
+  request
 }
 
-run_state() { # one word for all workers
-  local lines states
-  ssh_command bash bsce_jax_worker.sh status
-  lines=$(query 'bsce_jax_status worker 0' "${ssh[@]}") || { echo UNKNOWN && return; }
+run_state() { # one word for all workers; UNKNOWN where none answers
+  local lines states silent=no
+  # A new worker has no script yet.
+  # shellcheck disable=SC2016
+  ssh_command bash -c 'if [[ -e $0 ]]; then bash $0 status; else echo "$1 $HOSTNAME none"; fi' \
+    bsce_jax_worker.sh bsce_jax_status
+  # Without a limit gcloud tries for some 20 minutes to reach a worker.
+  lines=$(query 'bsce_jax_status worker 0' timeout 180 "${ssh[@]}") || silent=yes
   states=$(sed -n 's/^bsce_jax_status [^ ]* //p' <<<"$lines" | tr -d '\r' | sort -u)
   states=" ${states//$'\n'/ } "
-  case $states in
-    "  ") echo UNKNOWN ;;
+  case $silent$states in
+    *"  ") echo UNKNOWN ;;
     *" 2 "*) echo wrong ;;
     *" running "*) echo running ;;
     *" stopped "*) echo stopped ;;
-    " 0 ") echo "done" ;;
-    " 143 " | " 0 143 ") echo saved ;;
+    yes*) echo unreachable ;;
+    *" none "*) echo none ;;
+    *" lost "*) echo lost ;;
+    "no 0 ") echo "done" ;;
+    "no 143 " | "no 0 143 ") echo saved ;;
     *) echo "crashed:$states" ;;
   esac
 }
@@ -249,70 +278,109 @@ give_up() { # MESSAGE
   return 1
 }
 
-watch() {
-  local state unknown=0 restarts=0 crashes=0
-  trap 'note "no longer watching: the run goes on"; exit 130' INT
+declare -A tries=([restarts]=0 [crashes]=0)
+
+again() { # restarts|crashes MESSAGE: counts; gives up if that was too often
+  note "$2"
+  tries[$1]=$((tries[$1] + 1))
+  ((${tries[$1]} <= ${flag[max_$1]})) || give_up "that was too often"
+}
+
+look_after() { # whatever the pod and its run need, until that has ended for good
+  local state silent=0
   while true; do
     state=$(pod_state)
     [[ $state != READY ]] || state=$(run_state)
-    [[ $state == UNKNOWN ]] || unknown=0
+    if [[ $state == UNKNOWN || $state == unreachable ]]; then
+      ((++silent >= flag[patience])) || state=silent
+    else
+      silent=0
+    fi
     case $state in
-      "done") note "the run is done" && break ;;
+      "done") note "the run is done" && return ;;
       wrong) give_up "the run refused its arguments" || return 2 ;;
       stopped) note "the run was stopped" && return 143 ;;
-      UNKNOWN)
-        ((++unknown < flag[patience])) || die_of "no answer, $unknown times"
+      UNKNOWN) leave "no answer, $silent times" ;;
+      none)
+        { install && start; } || again crashes "the run was not started" || return
         ;;
-      saved | crashed*)
-        note "the run ended: $state"
-        if [[ $state != saved ]]; then
-          ((++crashes <= flag[max_crashes])) || give_up "that was too often" || return 1
-        fi
+      saved)
+        note "the run has saved and ended"
+        start || again crashes "the run was not started" || return
+        ;;
+      lost)
+        again restarts "a worker was restarted" || return
+        start || true
+        ;;
+      crashed*)
+        again crashes "the run ended with status ${state#*:}" || return
         start || true
         ;;
       *)
-        if is_gone "$state"; then
+        if [[ $state == unreachable ]] || is_gone "$state"; then
+          again restarts "the pod is $state: requesting it anew" || return
+          recreate "$state" || true
+          silent=0
+        elif [[ $state != running ]]; then
           note "the pod is $state"
-          ((++restarts <= flag[max_restarts])) || die_of "that was too often"
-          note "requesting it anew"
-          recreate || true
         fi
         ;;
     esac
     pause
   done
-  [[ ${flag[dry_run]} == no ]] || foresee
 }
 
-foresee() { # what `watch` does when not all goes well
+what_may_follow() {
   note "until the run has ended on all workers, after each of these looks:"
   pause
   note "where the pod was taken away, at most ${flag[max_restarts]} times:"
-  recreate
+  recreate PREEMPTED
+  note "then, once it is there:"
+  install
+  start
   note "where the run ended with another status than 0 and 2, at most" \
     "${flag[max_crashes]} times unless it had saved:"
   start
 }
 
-all() {
+watch() {
   local status=0
-  request
-  await_pod || die_of "the pod was not created"
-  install || die_of "the project was not installed"
-  start || die_of "the run was not started"
-  watch || status=$?
-  if [[ ${flag[keep]} == yes ]]; then
-    note "the pod is still there: delete it with '$0 delete' and the same flags"
-  else
-    note "deleting the pod"
-    delete
-  fi
-  return "$status"
+  look_after || status=$?
+  [[ ${flag[dry_run]} == no ]] || what_may_follow
+  finish "$status"
 }
 
-die_of() { # MESSAGE
-  note "$1; the pod may be there: look at it with watch, or delete it"
-  exit 1
+finish() { # STATUS of the run: exits with it; the pod is billed while it is there
+  local try
+  if [[ ${flag[keep]} == yes ]]; then
+    note "the pod is still there and billed. Delete it with: $(quote "${deletion[@]}")"
+    exit "$1"
+  fi
+  for ((try = 0; try < 5; try++)); do
+    note "deleting the pod"
+    if delete || [[ $(pod_state) == NOT_FOUND ]]; then
+      exit "$1"
+    fi
+    pause
+  done
+  leave "the pod could not be deleted" "$1"
+}
+
+leave() { # MESSAGE [STATUS]: ends, and the pod does not
+  local status=${2:-1}
+  note "$1: THE POD MAY STILL BE THERE AND BILLED"
+  note "look at it with watch, or delete it with: $(quote "${deletion[@]}")"
+  exit "$((status ? status : 1))"
+}
+
+all() {
+  request || leave "the request failed"
+  if ! await_pod; then
+    note "the pod was not created"
+    finish 1
+  fi
+  { install && start; } || note "the run was not started: trying again"
+  watch
 }
 
 command=${1:-}
@@ -326,6 +394,7 @@ esac
 parse_flags "$@"
 check_flags "$command"
 common_flags
+[[ " all watch " != *" $command "* ]] || trap 'leave "no longer watching" 130' INT
 case $command in
   create) request && await_pod ;;
   run) start ;;

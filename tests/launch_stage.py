@@ -16,9 +16,10 @@ import time
 from collections.abc import Iterator
 
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
-FAKES = "gcloud kubectl sbatch srun scontrol squeue git uv gcsfuse sudo lsblk python"
-PROGRAMS = """awk bash cat chmod cp dirname env flock head hostname id mkdir mountpoint
-    mv ps rm sed setsid sleep sort tail touch tr true"""
+FAKES = """curl gcloud gcsfuse git kubectl lsb_release lsblk python python3 sbatch
+    scontrol squeue srun sudo uv"""
+PROGRAMS = """awk bash cat chmod cp dirname env flock head hostname mkdir mountpoint mv
+    ps rm sed setsid sleep sort tail timeout touch tr true wc"""
 NASTY = ["--config", "a b", 'say "no"', "it's", "$HOME", "`x`", "$(touch bad)", "*", ""]
 
 FAKE = """#!/usr/bin/env bash
@@ -28,33 +29,65 @@ pop() { # FILE: its first line, which goes unless it is the last
   head -n 1 "$FAKES/$1"
   [[ $(sed -n '$=' "$FAKES/$1") == 1 ]] || sed -i 1d "$FAKES/$1"
 }
+fail() { # FILE: as its first line says, a number
+  [[ ! -e $FAKES/$1 ]] || { status=$(pop "$1") && ((!status)) || exit "$status"; }
+}
 [[ ! -e $FAKES/$name.sh ]] || . "$FAKES/$name.sh"
 """
 
-# A pod of two workers, each a folder; `uv venv` makes their "python".
+# A pod of two workers, each a folder; `uv venv` makes their "python". A worker that is
+# "gone" cannot be reached, as soon as it has started the program.
 GCLOUD = r"""
+say() { # STATE: as gcloud does
+  echo "WARNING: a notice" >&2
+  case $1 in
+    NOT_FOUND) echo "ERROR: (gcloud.x) NOT_FOUND: it was not found" >&2 && exit 1 ;;
+    "") echo "ERROR: (gcloud) no network" >&2 && exit 1 ;;
+    *) echo "$1" ;;
+  esac
+}
+vanish() {
+  mkdir "$FAKES/deleted.$$" && mv "$FAKES"/worker* "$FAKES/deleted.$$"
+}
 case "$*" in
-  *"queued-resources create"*) rm -rf "$FAKES"/worker* && mkdir "$FAKES"/worker{0,1} ;;
-  *"queued-resources describe"*) pop request ;;
-  *"tpu-vm describe"*) pop node ;;
+  *"queued-resources create"*)
+    fail create
+    mkdir "$FAKES"/worker{0,1} ;;
+  *"queued-resources delete"*)
+    fail delete
+    vanish ;;
+  *"queued-resources describe"*)
+    state=NOT_FOUND
+    [[ ! -e $FAKES/worker0 ]] || state=$(pop request)
+    [[ $state != NOT_FOUND || ! -e $FAKES/worker0 ]] || vanish
+    say "$state" ;;
+  *"tpu-vm describe"*) say "$(pop node)" ;;
   *scp*)
-    [[ ! -e $FAKES/scp_fails ]] || exit 1
+    fail scp
     for worker in "$FAKES"/worker*; do
       [[ $6 != *.sh ]] || cp "$6" "$worker/${7#*:}"
     done ;;
   *ssh*)
     for word; do [[ $word != --command=* ]] || remote=${word#*=}; done
-    [[ $remote != *" start "* ]] || pop exit >"$FAKES/exit_now"
+    gone=''
+    if [[ $remote == *" start "* ]]; then
+      read -r code gone <<<"$(pop exit)"
+      echo "$code" >"$FAKES/exit_now"
+    fi
+    failed=0
     for worker in "$FAKES"/worker*; do
-      (cd "$worker" && HOME=$worker bash -c "$remote") || exit 1
-    done ;;
+      [[ ! -e $worker/gone ]] || { failed=255 && continue; }
+      (cd "$worker" && HOME=$worker bash -c "$remote") || failed=1
+    done
+    [[ -z $gone ]] || touch "$worker/gone"
+    exit "$failed" ;;
 esac
 """
 UV = r"""
 if [[ $1 == venv ]]; then
   mkdir -p "${!#}/bin" && cp "$FAKES/../program" "${!#}/bin/python"
 else
-  [[ ! -e $FAKES/uv_fails ]]
+  fail uv
 fi
 """
 # Stands for python: keeps its arguments, environment and how often it was told to end.
@@ -166,7 +199,8 @@ def make(folder: pathlib.Path) -> Iterator[Stage]:
     (folder / "program").write_text(PROGRAM)
     (folder / "program").chmod(0o755)
     (folder / "x.whl").touch()
-    (folder / "modules").write_text("export MODULE=loaded\n")
+    # As scripts of conda do, it reads what is unset, and goes on after a failure.
+    (folder / "modules").write_text('x=$UNSET; false; export MODULE="loaded$x"\n')
     stage.write(gcloud__sh=GCLOUD, uv__sh=UV, exit="0\n", exit_now="0\n")
     stage.write(request="ACTIVE\n", node="READY\n", kubectl__sh="cat >/dev/null\n")
     yield stage

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests import launch_stage
-from tests.launch_stage import GCLOUD, LAUNCH, NASTY, POD, RUN, WHOLE, commands_of
+from tests.launch_stage import LAUNCH, NASTY, POD, RUN, WHOLE, commands_of
 
 SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
 COMMANDS = ("tpu_pod.sh", "slurm.sh", "gke.sh", "local.sh")
@@ -163,6 +163,10 @@ def test_help_has_every_flag(stage, script):
             "gke.sh print {run} --gpu_type g --tpu_type t -- a",
             "--tpu_type='t': expected",
         ),
+        (
+            "gke.sh print {run} --tpu_type t --topology 4x4 --hosts 2 -- a",
+            "--topology='4x4': expected one of --hosts x --chips = 8 chips",
+        ),
         ("gke.sh print {run} --topology 4 -- a", "--topology='4': expected a topology"),
         ("gke.sh print {run} --memory 4 -- a", "--memory='4': expected a size such as"),
         (
@@ -197,9 +201,7 @@ def test_dry_run_prints_what_would_be_run(stage, script, flags):
     rest = ("--", *NASTY)
     out, err = stage.run(script, *flags, "--dry_run", *rest)
     assert stage.records() == [] and err == "" and not list(stage.fakes.glob("worker*"))
-    if flags[0] != "create":
-        (stage.fakes / "worker0").mkdir()
-    stage.write(gcloud__sh=GCLOUD.split("*ssh*")[0] + "esac\n")
+    stage.write(gcloud__sh="[[ $3 == tpu-vm ]] && echo READY || echo ACTIVE")
     stage.run(script, *flags, *rest)
     wanted = stage.records()
     (stage.fakes / "record").unlink()
@@ -222,47 +224,66 @@ def test_slurm_submits_one_task_a_host(stage):
     more = ("--time=2-00:00:00", "--grace_seconds=300", "--setup=modules", "--gpus=2")
     out, _ = stage.run("slurm.sh", *flags, *more, "--dry_run", "--", *NASTY)
     (words,) = commands_of(out)
+    job = ["python", "-m", "bsce_jax.main", "--workdir=/a b", *NASTY]
     assert words == [
         "sbatch",
         *("--job-name=bsce_jax", "--nodes=4", "--ntasks-per-node=1"),
         *("--gpus-per-node=2", "--cpus-per-task=64", "--time=2-00:00:00"),
         *("--signal=TERM@300", "--requeue", "--open-mode=append"),
         *("--output=bsce_jax-%j.log", "--partition=gpu", f"{LAUNCH}/slurm_job.sh"),
-        *("100", "modules", "python", "-m", "bsce_jax.main", "--workdir=/a b", *NASTY),
+        *("100", "5", "modules", *job),
     ]
+    comments = [line[1:] for line in out.splitlines() if line[0] == "#"]
+    source, srun, requeue = commands_of("\n".join(comments))
+    assert source == ["source", "modules"]
+    assert requeue == ["scontrol", "requeue", "JOB"]
+    # The job runs what is shown.
+    stage.write(sbatch__sh=SBATCH, srun__sh="exit 143", squeue__sh="echo RUNNING")
+    flags = (*flags, *more, "--", *NASTY)
+    stage.run("slurm.sh", *flags, status=143, SLURM_CPUS_PER_TASK="64")
+    submitted, *ran = [w for w in stage.records() if w[0] != "squeue"]
+    assert submitted == words and ran == [srun, ["scontrol", "requeue", "7"]]
 
 
 @pytest.mark.parametrize(
-    ("code", "state", "before", "requeued"),
+    ("code", "state", "before", "crashes", "requeued"),
     [
-        (0, "RUNNING", 0, False),
-        (1, "RUNNING", 0, False),
-        (2, "RUNNING", 0, False),
-        (143, "RUNNING", 0, True),
-        (143, "RUNNING", 4, True),
-        (143, "RUNNING", 5, False),
-        (143, "COMPLETING", 0, False),
-        (143, "", 0, False),
+        (0, "RUNNING", 0, 0, False),
+        (1, "RUNNING", 0, 0, False),
+        (2, "RUNNING", 0, 0, False),
+        (3, "RUNNING", 0, 0, True),
+        (134, "RUNNING", 0, 0, True),
+        (137, "RUNNING", 4, 1, True),
+        (137, "RUNNING", 5, 1, False),
+        (3, "RUNNING", 2, 2, False),
+        (137, "COMPLETING", 0, 0, False),
+        (143, "RUNNING", 0, 0, True),
+        (143, "RUNNING", 4, 2, True),
+        (143, "RUNNING", 5, 0, False),
+        (143, "COMPLETING", 0, 0, False),
+        (143, "", 0, 0, False),
     ],
 )
-def test_slurm_requeues_what_has_saved(stage, code, state, before, requeued):
+def test_slurm_requeues_what_goes_on(stage, code, state, before, crashes, requeued):
     stage.write(sbatch__sh=SBATCH, srun__sh=f'echo "$MODULE"; exit {code}')
     stage.write(squeue__sh=f"echo {state}")
-    flags = ("--workdir", "/w", "--setup", "modules", "--max_requeues=5", "--", *NASTY)
+    (stage.folder / "bsce_jax-7.crashes").write_text("3\n" * crashes)
+    flags = ("--workdir=/w", "--setup=modules", "--max_requeues=5", "--max_crashes=2")
     more = {"SLURM_RESTART_COUNT": str(before), "SLURM_CPUS_PER_TASK": "64"}
-    out, _ = stage.run("slurm.sh", *flags, status=code, **more)
+    out, _ = stage.run("slurm.sh", *flags, "--", *NASTY, status=code, **more)
     assert out.startswith("loaded\n")
     _, srun, *rest = stage.records()
     program = ["python", "-m", "bsce_jax.main", "--workdir=/w", *NASTY]
     options = ["--kill-on-bad-exit=0", "--wait=300", "--cpus-per-task=64"]
     assert srun == ["srun", *options, *program]
     assert (["scontrol", "requeue", "7"] in rest) == requeued
+    assert ("crashed more than 2 times" in out) == (crashes == 2 and code != 143)
 
 
 def test_slurm_does_not_requeue_what_is_cancelled(stage):
     """`scancel` tells the batch script too; it waits for the tasks and lets it be."""
     stage.write(srun__sh=SRUN, squeue__sh="echo RUNNING")
-    job = stage.popen("slurm_job.sh", "100", "", "python", SLURM_JOB_ID="7")
+    job = stage.popen("slurm_job.sh", "100", "5", "", "python", SLURM_JOB_ID="7")
     deadline = time.monotonic() + 20
     while not (stage.fakes / "pid").exists():
         assert time.monotonic() < deadline
@@ -282,6 +303,16 @@ def manifest(stage, *flags, rest=("--config", "c")):
     return list(yaml.safe_load_all(out))
 
 
+def rules_of(job):
+    """Actions of podFailurePolicy, and the exit statuses or conditions."""
+    rules = job["podFailurePolicy"]["rules"]
+    values = [rule.get("onExitCodes", {}).get("values") for rule in rules]
+    return [
+        (rule["action"], value or rule["onPodConditions"])
+        for rule, value in zip(rules, values, strict=True)
+    ]
+
+
 def test_gke_jobset_on_gpus(stage):
     flags = ("--gpu_type=h100", "--hosts=4", "--gpus=2", "--max_restarts=9", "--spot")
     (found,) = manifest(stage, *flags, "--data_bucket=bucket", "--service_account=me")
@@ -290,15 +321,27 @@ def test_gke_jobset_on_gpus(stage):
         "JobSet",
     )
     assert found["metadata"] == {"name": "run"}
-    rule = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    assert found["spec"]["failurePolicy"] == {"maxRestarts": 9, "rules": [rule]}
+    reason = {"onJobFailureReasons": ["PodFailurePolicy"]}
+    policy = found["spec"]["failurePolicy"]
+    wrong, disrupted = policy["rules"]
+    (pattern,) = wrong.pop("onJobFailureMessagePatterns")
+    assert policy["maxRestarts"] == 9 and wrong == {"action": "FailJobSet", **reason}
+    assert disrupted == {"action": "RestartJobSetAndIgnoreMaxRestarts", **reason}
+    message = (
+        "Container main for pod ns/p failed with exit code {} matching FailJob rule"
+    )
+    assert re.search(pattern, message.format(2))
+    assert not re.search(pattern, message.format(143))
     (hosts,) = found["spec"]["replicatedJobs"]
     job = hosts["template"]["spec"]
-    assert (hosts["name"], hosts["replicas"], job["backoffLimit"]) == ("host", 1, 0)
+    assert (hosts["name"], hosts["replicas"], job["backoffLimit"]) == ("host", 1, 3)
     assert job["completionMode"] == "Indexed"
     assert job["completions"] == job["parallelism"] == 4
-    (wrong,) = job["podFailurePolicy"]["rules"]
-    assert (wrong["action"], wrong["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert rules_of(job) == [
+        ("FailJob", [2]),
+        ("FailJob", [{"type": "DisruptionTarget", "status": "True"}]),
+        ("FailJob", [143]),
+    ]
     assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never" and pod["serviceAccountName"] == "me"
@@ -331,17 +374,16 @@ def test_gke_indexed_job_on_tpus(stage):
         "--kind=job",
         "--claim=pvc",
     )
-    service, job = manifest(stage, *flags, "--max_restarts=9", "--namespace=ns")
+    service, job = manifest(stage, *flags, "--namespace=ns")
     assert service["kind"] == "Service" and service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"] == {"job-name": "run"}
     assert job["metadata"] == service["metadata"] == {"name": "run", "namespace": "ns"}
-    assert job["kind"] == "Job" and job["spec"]["backoffLimit"] == 36
-    rules = job["spec"]["podFailurePolicy"]["rules"]
-    assert [rule["action"] for rule in rules] == ["FailJob", "Ignore", "Ignore"]
-    assert rules[1]["onPodConditions"] == [
-        {"type": "DisruptionTarget", "status": "True"}
+    assert job["kind"] == "Job" and job["spec"]["backoffLimit"] == 6 * 4 - 1
+    assert rules_of(job["spec"]) == [
+        ("FailJob", [2]),
+        ("Ignore", [{"type": "DisruptionTarget", "status": "True"}]),
+        ("Ignore", [143]),
     ]
-    assert rules[2]["onExitCodes"]["values"] == [143]
     pod = job["spec"]["template"]["spec"]
     assert pod["subdomain"] == service["metadata"]["name"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4"
@@ -352,6 +394,7 @@ def test_gke_indexed_job_on_tpus(stage):
     (jobset,) = manifest(stage, *flags[:3])
     (value,) = jobset["metadata"]["annotations"].values()
     assert value == "cloud.google.com/gke-nodepool"
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
     (alone,) = manifest(stage, "--gpu_type=h100")
     assert "coordinator" not in str(alone)
 
@@ -455,7 +498,11 @@ def test_local_ends_the_rest_when_one_dies(stage, others, grace, killed):
 
 def test_commands_of_the_manual_are_right(stage):
     text = (LAUNCH.parent / "docs" / "launching.md").read_text()
+    (image,) = re.findall(r"^```dockerfile\n(.*?)^```", text, re.M | re.S)
+    assert "'.[cuda,gcs]'" in image and "'.[tpu,gcs]'" in text
     blocks = re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)
+    for block in blocks:
+        subprocess.run(["bash", "-n", "-c", block], check=True)
     joined = "\n".join(blocks).replace("\\\n", " ")
     commands = [c for c in joined.splitlines() if c.startswith("launch/")]
     assert {c.split("/")[1].split()[0] for c in commands} == set(COMMANDS)
