@@ -3,8 +3,9 @@
 The same JPEG files go through the project's input (records to uint8 batches, and
 decode.py alone over bytes in memory), through tf.data and through PyTorch's
 DataLoader, for the random-resized crop of training and for the central crop of
-evaluation. Each runs in a process of its own on the same core with one decoding
-thread or process; rounds alternate. Prints a table, and JSON with every number.
+evaluation. Each runs in a process of its own on the same `--cores` (1) with as many
+decoding threads or processes; rounds alternate. Prints a table, and JSON with every
+number.
 
     python benchmarks/input_pipeline.py --images FOLDER --output input.json
 
@@ -35,12 +36,12 @@ import numpy as np
 OURS, DECODE = "bsce_jax", "bsce_jax decode.py"
 CONTENDERS: dict[str, dict[str, Any]] = {
     OURS: {"builder": "ours", "workers": 0},
-    "bsce_jax (1 process)": {"builder": "ours", "workers": 1},
+    "bsce_jax (processes)": {"builder": "ours", "workers": -1},
     DECODE: {"builder": "decode"},
     "tf.data": {"builder": "tf.data", "antialias": False},
     "tf.data antialiased": {"builder": "tf.data", "antialias": True},
     "DataLoader": {"builder": "DataLoader", "workers": 0},
-    "DataLoader (1 process)": {"builder": "DataLoader", "workers": 1},
+    "DataLoader (processes)": {"builder": "DataLoader", "workers": -1},
 }
 Spec = input_rivals.Spec
 
@@ -150,7 +151,7 @@ def measure(files: list[str], crop: str, options: argparse.Namespace) -> dict[st
         "size": options.size,
         "resize": options.resize,
         "batch": options.batch,
-        "core": options.core,
+        "cores": sorted(os.sched_getaffinity(0))[-options.cores :],
     }
     ours, rivals = __file__, input_rivals.__file__
     running, facts = {}, {}
@@ -160,6 +161,8 @@ def measure(files: list[str], crop: str, options: argparse.Namespace) -> dict[st
             mine = name.startswith(OURS)
             python = sys.executable if mine else options.rival_python
             spec = common | CONTENDERS[name] | {"folder": tempfile.mkdtemp(dir=folder)}
+            if spec.get("workers") == -1:
+                spec["workers"] = options.cores
             contender = Contender(python, ours if mine else rivals)
             stack.callback(contender.close)
             found = contender.ask(json.dumps(spec))
@@ -241,7 +244,7 @@ def main() -> None:
     parser.add_argument("--resize", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--most_files", type=int, default=500)
-    parser.add_argument("--core", type=int, default=max(os.sched_getaffinity(0)))
+    parser.add_argument("--cores", type=int, default=1)
     parser.add_argument("--output", help="file for the JSON; else standard output")
     options = parser.parse_args()
     results: dict[str, Any] = {}
@@ -256,8 +259,11 @@ def main() -> None:
     print(table(results))
     text = json.dumps(
         {
-            "benchmark": "input pipeline, images/s of CPU time on one core",
-            **{name: getattr(options, name) for name in ("rounds", "seconds", "batch")},
+            "benchmark": "input pipeline, images/s of CPU time",
+            **{
+                name: getattr(options, name)
+                for name in ("rounds", "seconds", "batch", "cores")
+            },
             "load_average": round(os.getloadavg()[0], 1),
             "machine": platform.processor() or platform.machine(),
             "results": results,

@@ -21,13 +21,14 @@ Batches = Iterator[Any]  # of uint8 arrays [batch, size, size, 3]
 
 
 def tf_data(spec: Spec) -> tuple[Batches, str]:
-    """TFRecords of tf.Examples, decoded in a pool of one thread."""
+    """TFRecords of tf.Examples, decoded in a pool of one thread a core."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     import tensorflow as tf
 
-    tf.config.threading.set_intra_op_parallelism_threads(1)
-    tf.config.threading.set_inter_op_parallelism_threads(1)
+    threads = len(spec["cores"])
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    tf.config.threading.set_inter_op_parallelism_threads(threads)
     size, resize = spec["size"], spec["resize"]
     feature = {"image": tf.io.FixedLenFeature([], tf.string)}
 
@@ -67,10 +68,10 @@ def tf_data(spec: Spec) -> tuple[Batches, str]:
             )
             writer.write(tf.train.Example(features=features).SerializeToString())
     options = tf.data.Options()
-    options.threading.private_threadpool_size = 1
+    options.threading.private_threadpool_size = threads
     options.threading.max_intra_op_parallelism = 1
     data = tf.data.TFRecordDataset(path).repeat()
-    data = data.map(decode, num_parallel_calls=1).batch(spec["batch"])
+    data = data.map(decode, num_parallel_calls=threads).batch(spec["batch"])
     return data.with_options(
         options
     ).as_numpy_iterator(), f"tensorflow {tf.__version__}"
@@ -135,7 +136,7 @@ def serve(builders: dict[str, Callable[[Spec], tuple[Batches, str]]]) -> None:
     a round. Answers are lines of JSON.
     """
     spec = json.loads(sys.stdin.readline())
-    os.sched_setaffinity(0, {spec["core"]})
+    os.sched_setaffinity(0, spec["cores"])
     try:
         batches, version = builders[spec["builder"]](spec)
         next(batches)
@@ -161,8 +162,11 @@ def cpu_seconds() -> float:
     """CPU time of this process and of its children that are alive (Linux)."""
     total, ticks = time.process_time(), os.sysconf("SC_CLK_TCK")
     for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/children") as file:
-            children = file.read().split()
+        try:
+            with open(f"/proc/self/task/{task}/children") as file:
+                children = file.read().split()
+        except FileNotFoundError:  # the thread has just ended
+            continue
         for child in children:
             with open(f"/proc/{child}/stat") as file:
                 fields = file.read().rpartition(")")[2].split()

@@ -1,16 +1,22 @@
 """Real runs in processes of their own, on small data sets made here."""
 
+import atexit
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 
 from tests import datasets
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# What one run has compiled serves all that follow, which saves half of their time.
+COMPILED = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 CONFIG = """
 from bsce_jax.config import method_module
@@ -86,7 +92,12 @@ def command(config: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> lis
 
 def environment(devices: int = 1) -> dict[str, str]:
     known = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
-    return {**known, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    return {
+        **known,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": COMPILED,
+    }
 
 
 def run(

@@ -13,6 +13,9 @@ from bsce_jax.errors import UserError
 from tests import runs
 
 
+BALANCED = ("--config.prior=balanced", "--config.checkpoint.keep=99")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     return tmp_path_factory.mktemp("runs")
@@ -26,7 +29,7 @@ def config(folder) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def balanced(config, folder) -> pathlib.Path:
     workdir = folder / "balanced"
-    runs.run(config, workdir, "--config.prior=balanced", "--config.checkpoint.keep=99")
+    runs.run(config, workdir, *BALANCED)
     return workdir
 
 
@@ -43,7 +46,7 @@ def test_a_run_writes_results_pictures_events_and_a_table(config, balanced):
     for picture in ("curves.png", "confusion.png"):
         Image.open(balanced / picture).verify()
     assert list((balanced / "tensorboard").iterdir())
-    again = runs.run(config, balanced, "--config.prior=balanced")
+    again = runs.run(config, balanced, *BALANCED)
     assert "average incremental accuracy" in again.stdout
     assert runs.results(balanced) == results
 
