@@ -12,7 +12,6 @@ from bsce_jax import checkpoint
 from bsce_jax.errors import UserError
 from tests import runs
 
-
 BALANCED = ("--config.prior=balanced", "--config.checkpoint.keep=99")
 
 
