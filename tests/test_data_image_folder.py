@@ -1,12 +1,13 @@
 """Folders of class folders: what is stored, in which split, and what is refused."""
 
+import errno
 import io
 import os
 import pathlib
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -193,6 +194,33 @@ def test_a_folder_that_does_not_fit_is_one_line(
         image_folder.prepare("mine", tmp_path / "data", tmp_path / "train")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "data").rglob("*"))
+
+
+@pytest.mark.parametrize("locked", ["train", "train/a", "train/a/deep", "val/b"])
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: pathlib.Path,
+    locked: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Instead of its images being left out; refused here, since root reads all."""
+    scene("train/a/1.jpg", "train/a/deep/2.jpg", "train/b/1.jpg")(tmp_path)
+    scene("val/a/1.jpg", "val/b/1.jpg")(tmp_path)
+    scandir = os.scandir
+
+    def refusing(path: str | int) -> Iterator[os.DirEntry[str]]:
+        if str(path) == str(tmp_path / locked):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    train, val = str(tmp_path / "train"), str(tmp_path / "val")
+    words = ["image_folder", "--name", "mine", "--data_dir", str(tmp_path / "data")]
+    assert prepare.main([*words, "--train", train, "--test", val]) == 2
+    given = f"--train={train}" if locked.startswith("train") else f"--test={val}"
+    said = f"error: {given}: {tmp_path / locked}: Permission denied\n"
+    assert capsys.readouterr().err == said
+    assert list((tmp_path / "data").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "My", "my-birds", "../up", "digits", "cifar100"])

@@ -142,29 +142,25 @@ def list_files(
       sorted class names, and the images sorted by class and name.
 
     Raises:
-      UserError: no class folders, one without images, images outside of them, or files
-        that are no images.
+      UserError: a folder that cannot be read, no class folders, one without images,
+        images outside of them, or files that are no images.
     """
     root = pathlib.Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"{argument}={folder}: no such folder")
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
-    if not classes:
-        raise UserError(f"{argument}={folder}: no class folders in it")
-    loose = [e.name for e in entries if _is_image(e.name) and not e.is_dir()]
-    if loose:
-        shown = _some(sorted(loose), "image")
-        raise UserError(f"{argument}={folder}: {shown} outside of the class folders")
     names: list[str] = []
     counts, others, empty = [], [], []
-    for name in tqdm(classes, desc=f"{argument[2:]} classes", disable=None):
-        found = sorted(_walk(root, name))
-        images = [file for file in found if _is_image(file)]
-        others += [file for file in found if not _is_image(file)]
-        empty += [] if images else [name]
-        names += images
-        counts.append(len(images))
+    try:
+        classes = _class_folders(root, f"{argument}={folder}")
+        for name in tqdm(classes, desc=f"{argument[2:]} classes", disable=None):
+            found = sorted(_walk(root, name))
+            images = [file for file in found if _is_image(file)]
+            others += [file for file in found if not _is_image(file)]
+            empty += [] if images else [name]
+            names += images
+            counts.append(len(images))
+    except OSError as error:
+        raise UserError(
+            f"{argument}={folder}: {error.filename}: {error.strerror}"
+        ) from error
     if others and not skip_others:
         raise UserError(
             f"{argument}={folder}: {_some(others, 'file')} not ending in "
@@ -176,14 +172,33 @@ def list_files(
     return classes, Files(root, names, np.repeat(np.arange(len(counts)), counts))
 
 
+def _class_folders(root: pathlib.Path, given: str) -> list[str]:
+    """Sorted names of the class folders; `given` is what messages call root."""
+    if not root.is_dir():
+        raise UserError(f"{given}: no such folder")
+    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    if not classes:
+        raise UserError(f"{given}: no class folders in it")
+    loose = [e.name for e in entries if _is_image(e.name) and not e.is_dir()]
+    if loose:
+        shown = _some(sorted(loose), "image")
+        raise UserError(f"{given}: {shown} outside of the class folders")
+    return classes
+
+
 def _is_image(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
 def _walk(root: pathlib.Path, name: str) -> Iterator[str]:
     """Yields the files under a class folder, relative to root."""
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over the folder
+        raise error
+
     seen = set()
-    for folder, inner, files in os.walk(root / name, followlinks=True):
+    for folder, inner, files in os.walk(root / name, onerror=refuse, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
             inner.clear()
