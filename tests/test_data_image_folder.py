@@ -309,6 +309,35 @@ def test_bytes_after_the_end_of_an_image_do_no_harm(end: bytes) -> None:
     assert image_folder.problem(encode(1, "PNG") + end) == ""
 
 
+def test_a_jpeg_without_an_end_marker_is_refused() -> None:
+    """As training would refuse it; Pillow takes bytes of any kind for the end."""
+    assert image_folder.problem(encode(1)[:-2] + bytes(20)).startswith("truncated")
+
+
+def test_damage_in_the_middle_is_found_by_decoding(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also below the square in the middle of a tall image."""
+    make(tmp_path / "train", {"a": 2, "b": 2})
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 40, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    data = file.getvalue()
+    (tmp_path / "train" / "a" / "cut.jpg").write_bytes(data[:-2000] + data[-2:])
+    (tmp_path / "train" / "b" / "whole.jpg").write_bytes(data)
+    words = ["image_folder", "--name", "mine", "--train", str(tmp_path / "train")]
+    words += ["--test_fraction", "0.5", "--data_dir"]
+    assert prepare.main([*words, str(tmp_path / "full"), "--check", "full"]) == 2
+    said = capsys.readouterr().err
+    assert "1 file (a/cut.jpg (damaged JPEG: " in said and said.count("\n") == 1
+    skip = ["--check", "full", "--corrupt", "skip"]
+    assert prepare.main([*words, str(tmp_path / "full"), *skip]) == 0
+    assert prepare.main([*words, str(tmp_path / "ends"), "--check", "ends"]) == 0
+    for folder, count in (("full", 5), ("ends", 6)):
+        splits = [stored(tmp_path / folder, "mine", s) for s in ("train", "test")]
+        assert sum(len(split) for split in splits) == count
+
+
 def test_many_shards_are_one_split(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,6 +155,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         choices = ["refuse", "skip"]
         folder.add_argument(flag, choices=choices, default="refuse", help=what)
+    folder.add_argument(
+        "--check",
+        choices=["ends", "full"],
+        default="ends",
+        help="look at the header and the end of a file, or decode all of it",
+    )
     index = add("index", _index, "label index of a prepared data set")
     index.add_argument("name", help="such as imagenet2012, imagenet2012:5.1.0")
     return parser
@@ -193,6 +199,7 @@ def _image_folder(options: argparse.Namespace) -> str:
             seed=options.seed,
             skip_corrupt=options.corrupt == "skip",
             skip_others=options.other_files == "skip",
+            decode_all=options.check == "full",
         )
 
     said = _prepared(root, options.name, image_folder.VERSION, run)
