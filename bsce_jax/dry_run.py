@@ -1,15 +1,21 @@
 """Says what a run would do, without training: --config.print_plan."""
 
+import contextlib
+import dataclasses
+import itertools
 import time
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bsce_jax import experiment, session, training
+from bsce_jax import experiment, parallel, session, training
 from bsce_jax import plan as planning
 from bsce_jax.context import make_context
 from bsce_jax.log_prior import EXCLUDED
+
+# Calls that time an update: their number, and seconds after which LEAST are enough.
+LEAST, RESIDENT, STREAMED, SECONDS = 6, 12, 500, 20.0
 
 
 def describe(config: ConfigDict, workdir: str) -> str:
@@ -57,21 +63,35 @@ def describe(config: ConfigDict, workdir: str) -> str:
 
 
 def _measure(run: session.Run, progress: session.Progress) -> tuple[float, str]:
-    """Seconds of a base update (median of five calls) and its device memory."""
+    """Seconds of a base update, its images included, and its device memory."""
     data = planning.planned_phases(run.config, run.dataset)[0]
-    plan = training.make_plan(run.config, data)
     context = make_context(run, progress, data)
-    width = run.programs.updates_per_call
-    state, seconds = progress.state, []
-    for call in range(6):
-        count = min(width, plan.updates)
-        started = time.perf_counter()
-        state, metrics = training.call(
-            run.programs, state, context, run.train, plan, 0, count
-        )
-        jax.block_until_ready((state, metrics))
-        if call:
-            seconds.append((time.perf_counter() - started) / count)
+    width, devices = run.programs.updates_per_call, run.programs.parallel
+    plan = training.make_plan(run.config, data)
+    epochs = max(plan.epochs, -(-LEAST * width // plan.updates_per_epoch))
+    rates = plan.learning_rates[:1] * epochs
+    plan = dataclasses.replace(plan, epochs=epochs, learning_rates=rates)
+    # Compiled with the last images alone: while it lasts, many would be read ahead.
+    last = max(plan.updates - width, 0)
+    state, _ = training.call(
+        run.programs, progress.state, context, run.train, plan, last, width
+    )
+    ends, counts = [], []
+    most = RESIDENT if run.train.resident is not None else STREAMED
+    with contextlib.closing(training.calls(run.programs, run.train, plan, 0)) as calls:
+        for count, arguments in itertools.islice(calls, most):
+            state, metrics = run.programs.base_update(
+                state, context, run.train.resident, *arguments
+            )
+            jax.block_until_ready((state, metrics))
+            ends.append(time.perf_counter())
+            counts.append(count)
+            late = parallel.largest(devices, [ends[-1] - ends[0] > SECONDS])
+            if len(ends) >= LEAST and int(late[0]):
+                break
+    # The first ones take what was read while the input started.
+    half = len(ends) // 2
+    seconds = (ends[-1] - ends[half]) / sum(counts[half + 1 :])
     resident = sum(
         x.nbytes
         for x in jax.tree.leaves((run.train.resident, run.test.resident, state))
@@ -80,4 +100,4 @@ def _measure(run: session.Run, progress: session.Progress) -> tuple[float, str]:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         text += f", {stats['peak_bytes_in_use'] / 2**20:.0f} MiB at the peak"
-    return float(np.median(seconds)), text
+    return seconds, text

@@ -28,15 +28,18 @@ def class_means(
     Args:
       features: of the exemplars, float [N, D], one array a view.
       labels: int [N], positions in the class order.
-      num_seen: classes, each with at least one exemplar.
+      num_seen: classes.
 
     Returns:
-      [num_seen, D].
+      [num_seen, D]; a row of NaN for a class without exemplars, which `classify` never
+      chooses.
     """
     points = np.mean([normalised(view) for view in features], axis=0)
     labels = np.asarray(labels)
-    means = [points[labels == c].mean(axis=0) for c in range(num_seen)]
-    return normalised(np.stack(means))
+    means = np.full((num_seen, points.shape[1]), np.nan)
+    for c in np.unique(labels):
+        means[c] = points[labels == c].mean(axis=0)
+    return normalised(means)
 
 
 def classify(features: ArrayLike, means: ArrayLike) -> NDArray[np.int64]:
@@ -44,10 +47,12 @@ def classify(features: ArrayLike, means: ArrayLike) -> NDArray[np.int64]:
 
     Args:
       features: float [N, D].
-      means: float [C, D], from `class_means`.
+      means: float [C, D], from `class_means`; at least one class has a mean.
 
     Returns:
       int [N].
     """
+    means = np.asarray(means)
     # All means have length 1: the nearest has the largest inner product.
-    return np.argmax(normalised(features) @ np.asarray(means).T, axis=1)
+    products = normalised(features) @ means.T
+    return np.argmax(np.where(np.isnan(means[:, 0]), -np.inf, products), axis=1)

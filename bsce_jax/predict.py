@@ -3,6 +3,7 @@
 import argparse
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 from etils import epath
 from flax import linen as nn
 from ml_collections import ConfigDict
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from bsce_jax import checkpoint, log_prior, parallel, programs
 from bsce_jax.errors import UserError
@@ -34,12 +35,14 @@ class Predictor(NamedTuple):
       image_shape: (height, width, channels) that images must have.
       predict: uint8 [N, H, W, channels] -> Prediction.
       resize: how files become images, see `read_image`.
+      batch_size: images a call in the run's evaluation: no more are known to fit.
     """
 
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     predict: Callable[[np.ndarray], Prediction]
     resize: int = -1
+    batch_size: int = 256
 
     def __call__(self, images: np.ndarray) -> Prediction:
         """Calls `predict`."""
@@ -92,7 +95,8 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
 
     data = config.data
     streamed = data.get("loading", "resident") == "streaming"
-    return Predictor(names, shape, predict, data.resize if streamed else -1)
+    resize = data.resize if streamed else -1
+    return Predictor(names, shape, predict, resize, config.evaluation.batch_size)
 
 
 def _probabilities(
@@ -150,9 +154,13 @@ def read_image(path: str, shape: tuple[int, int, int], resize: int = -1) -> np.n
 
             encoded = epath.Path(path).read_bytes()
             return decode.test_crop(encoded, height, resize=resize, channels=channels)
-        with Image.open(path) as image:
-            converted = image.convert("L" if channels == 1 else "RGB")
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+        with warnings.catch_warnings():
+            # Of a size that decode.py takes; what it refuses, Pillow refuses too.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                converted = image.convert("L" if channels == 1 else "RGB")
+    # Whatever a damaged file leads the readers of Pillow to.
+    except Exception as error:
         raise UserError(f"image {path!r} cannot be read: {error}") from None
     if converted.size != (width, height):
         converted = converted.resize((width, height), Image.Resampling.BOX)
@@ -170,19 +178,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         predictor = load(given.workdir, given.step)
-        images = [
-            read_image(path, predictor.image_shape, predictor.resize)
-            for path in given.images
-        ]
-        found = predictor(np.stack(images))
+        size = predictor.batch_size
+        for first in range(0, len(given.images), size):
+            _print_classes(predictor, given.images[first : first + size])
     except UserError as error:
         print(f"bsce_jax: {error}", file=sys.stderr)
         return 2
-    for path, name, row in zip(
-        given.images, found.names, found.probabilities, strict=True
-    ):
-        print(f"{path}: {name} ({row.max():.3f})")
     return 0
+
+
+def _print_classes(predictor: Predictor, paths: Sequence[str]) -> None:
+    images = [
+        read_image(path, predictor.image_shape, predictor.resize) for path in paths
+    ]
+    found = predictor(np.stack(images))
+    for path, name, row in zip(paths, found.names, found.probabilities, strict=True):
+        print(f"{path}: {name} ({row.max():.3f})", flush=True)
 
 
 if __name__ == "__main__":

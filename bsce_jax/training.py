@@ -173,8 +173,8 @@ def fit(
     pending: tuple[int, int, dict[str, Any]] | None = None
     asked: Any = (0, 0)
     done = history.updates
-    with contextlib.closing(_calls(programs, feed, plan, done)) as calls:
-        for count, arguments in calls:
+    with contextlib.closing(calls(programs, feed, plan, done)) as planned:
+        for count, arguments in planned:
             program = _program(programs, plan, done)
             state, metrics = program(state, context, feed.resident, *arguments)
             if pending is not None:
@@ -214,8 +214,8 @@ def call(
     count: int,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Dispatches updates `first` to `first + count` as one compiled call."""
-    with contextlib.closing(_calls(programs, feed, plan, first, count)) as calls:
-        _, arguments = next(calls)
+    with contextlib.closing(calls(programs, feed, plan, first, count)) as planned:
+        _, arguments = next(planned)
         program = _program(programs, plan, first)
         return program(state, context, feed.resident, *arguments)
 
@@ -240,7 +240,7 @@ def _updates_alpha(programs: Programs, plan: Plan, first: int) -> bool:
     return programs.updates_per_call > 1 or first % plan.alpha_every == 0
 
 
-def _calls(
+def calls(
     programs: Programs, feed: Feed, plan: Plan, first: int, count: int = 0
 ) -> Generator[tuple[int, list[Any]]]:
     """Yields the updates and the arguments of one call after another, from `first` on.

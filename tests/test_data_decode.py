@@ -353,6 +353,17 @@ def test_any_shape_and_size(height, width, size, extra, kind):
     assert crop.shape == (size, size, 3) and crop.dtype == np.uint8
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_all_of_an_image_becomes_a_square(kind):
+    for height, width in ((150, 70), (70, 150), (12, 400), (9, 9)):
+        encoded = encode(scene(height, width), kind)
+        found = decode.test_crop(encoded, SIZE, resize=-1)
+        expected = Image.open(io.BytesIO(encoded)).resize((SIZE, SIZE), BILINEAR)
+        assert distance(found, np.asarray(expected)) < 3
+    with pytest.raises(ValueError, match="resize: -2 is not allowed"):
+        decode.test_crop(encoded, SIZE, resize=-2)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "progressive", "cmyk", "PNG"])
 def test_truncated_files_are_refused(kind):
     """At any length, also below the rows that a crop needs."""

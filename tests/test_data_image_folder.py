@@ -1,12 +1,13 @@
 """Folders of class folders: what is stored, in which split, and what is refused."""
 
+import errno
 import io
 import os
 import pathlib
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -195,6 +196,33 @@ def test_a_folder_that_does_not_fit_is_one_line(
     assert not list((tmp_path / "data").rglob("*"))
 
 
+@pytest.mark.parametrize("locked", ["train", "train/a", "train/a/deep", "val/b"])
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: pathlib.Path,
+    locked: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Instead of its images being left out; refused here, since root reads all."""
+    scene("train/a/1.jpg", "train/a/deep/2.jpg", "train/b/1.jpg")(tmp_path)
+    scene("val/a/1.jpg", "val/b/1.jpg")(tmp_path)
+    scandir = os.scandir
+
+    def refusing(path: str | int) -> Iterator[os.DirEntry[str]]:
+        if str(path) == str(tmp_path / locked):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    train, val = str(tmp_path / "train"), str(tmp_path / "val")
+    words = ["image_folder", "--name", "mine", "--data_dir", str(tmp_path / "data")]
+    assert prepare.main([*words, "--train", train, "--test", val]) == 2
+    given = f"--train={train}" if locked.startswith("train") else f"--test={val}"
+    said = f"error: {given}: {tmp_path / locked}: Permission denied\n"
+    assert capsys.readouterr().err == said
+    assert list((tmp_path / "data").iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["", "My", "my-birds", "../up", "digits", "cifar100"])
 def test_a_name_that_cannot_be_is_refused(tmp_path: pathlib.Path, name: str) -> None:
     with pytest.raises(UserError, match="--name=.*expected lower-case letters"):
@@ -279,6 +307,35 @@ def test_a_class_of_damaged_files_is_refused(tmp_path: pathlib.Path) -> None:
 def test_bytes_after_the_end_of_an_image_do_no_harm(end: bytes) -> None:
     assert image_folder.problem(encode(1) + end) == ""
     assert image_folder.problem(encode(1, "PNG") + end) == ""
+
+
+def test_a_jpeg_without_an_end_marker_is_refused() -> None:
+    """As training would refuse it; Pillow takes bytes of any kind for the end."""
+    assert image_folder.problem(encode(1)[:-2] + bytes(20)).startswith("truncated")
+
+
+def test_damage_in_the_middle_is_found_by_decoding(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also below the square in the middle of a tall image."""
+    make(tmp_path / "train", {"a": 2, "b": 2})
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 40, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG")
+    data = file.getvalue()
+    (tmp_path / "train" / "a" / "cut.jpg").write_bytes(data[:-2000] + data[-2:])
+    (tmp_path / "train" / "b" / "whole.jpg").write_bytes(data)
+    words = ["image_folder", "--name", "mine", "--train", str(tmp_path / "train")]
+    words += ["--test_fraction", "0.5", "--data_dir"]
+    assert prepare.main([*words, str(tmp_path / "full"), "--check", "full"]) == 2
+    said = capsys.readouterr().err
+    assert "1 file (a/cut.jpg (damaged JPEG: " in said and said.count("\n") == 1
+    skip = ["--check", "full", "--corrupt", "skip"]
+    assert prepare.main([*words, str(tmp_path / "full"), *skip]) == 0
+    assert prepare.main([*words, str(tmp_path / "ends"), "--check", "ends"]) == 0
+    for folder, count in (("full", 5), ("ends", 6)):
+        splits = [stored(tmp_path / folder, "mine", s) for s in ("train", "test")]
+        assert sum(len(split) for split in splits) == count
 
 
 def test_many_shards_are_one_split(

@@ -2,6 +2,9 @@
 
 import hashlib
 import pathlib
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -127,6 +130,41 @@ def test_what_is_there_is_said_to_be(
         assert f"{name} is prepared in {tmp_path}" in capsys.readouterr().out
         assert prepare.main([name, "--data_dir", str(tmp_path)]) == 0
         assert f"{name} was prepared before in {tmp_path}" in capsys.readouterr().out
+
+
+INTERRUPTED = """
+import os, sys
+from bsce_jax.data import prepare
+from bsce_jax.data.builders import arrays
+
+def png(image):
+    os.kill(os.getpid(), {number})
+
+arrays.png = png
+sys.exit(prepare.main(["digits", "--data_dir", {folder!r}]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_preparation(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    """Leaves nothing behind; what one that is killed leaves is named the next time."""
+    script = INTERRUPTED.format(number=int(number), folder=str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8"
+    )
+    left = list(tmp_path.iterdir())
+    if number == signal.SIGKILL:
+        assert done.returncode == -number and len(left) == 1
+        note = f"note: {left[0]} is of a preparation that was killed, or is still at "
+    else:
+        assert done.returncode == 128 + number and not left
+        assert done.stderr == "interrupted; nothing is left behind\n"
+        note = ""
+    assert prepare.main(["digits", "--data_dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert said.startswith(note) and said.count("\n") == bool(note)
 
 
 def test_an_index_is_written_for_every_split(

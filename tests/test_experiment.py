@@ -155,6 +155,51 @@ def test_load_predicts_and_the_command_line_prints_names(balanced, folder, capsy
         predictor(arrays.images.astype(np.float32))
 
 
+def test_many_files_are_predicted_in_batches(balanced, folder, capsys, monkeypatch):
+    """Of the evaluation's 64; those before a bad file are printed."""
+    from bsce_jax import predict
+
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8)).astype(np.uint8)
+    paths = [str(folder / f"{i}.png") for i in range(2)]
+    for path, image in zip(paths, pixels, strict=True):
+        Image.fromarray(image).save(path)
+    predictor, sizes = predict.load(balanced), []
+
+    def counted(images):
+        sizes.append(len(images))
+        return predictor.predict(images)
+
+    monkeypatch.setattr(predict, "load", lambda *_: predictor._replace(predict=counted))
+    files = [paths[i % 3 == 0] for i in range(130)]
+    assert predict.main([str(balanced), *files]) == 0
+    assert sizes == [64, 64, 2]
+    lines = capsys.readouterr().out.splitlines()
+    names = predictor(pixels[..., None]).names
+    expected = [f"{file}: {names[paths.index(file)]}" for file in files]
+    assert [line.rpartition(" (")[0] for line in lines] == expected
+    (folder / "bad.png").write_bytes(b"none")
+    assert predict.main([str(balanced), *files, str(folder / "bad.png")]) == 2
+    assert capsys.readouterr().out.splitlines() == lines[:128]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"P5 20000 20000 255\n", "400000000 pixels"),  # a decompression bomb
+        (b"P5 10000 10000 255\n", "truncated"),  # large, and cut short
+    ],
+)
+def test_a_file_that_is_no_image_is_one_line(tmp_path, content, reason):
+    from bsce_jax import predict
+
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    for resize in (-1, 8):
+        with pytest.raises(UserError, match=f"image '{path}' cannot.*{reason}") as e:
+            predict.read_image(str(path), (8, 8, 3), resize)
+        assert "\n" not in str(e.value)
+
+
 def test_pmap_gives_the_results_of_jit(config, folder, balanced):
     """Eight devices, in another order of summation: accuracies within rounding."""
     workdir = folder / "pmap"

@@ -35,6 +35,15 @@ def test_prediction_is_the_nearest_normalised_mean(seed, views):
     )
 
 
+def test_a_class_without_exemplars_is_never_chosen():
+    """As where none of its images can be read; even where all others are opposite."""
+    exemplars = [np.array([[1.0, 0.0], [1.0, 0.2]])]
+    means = nearest_mean.class_means(exemplars, np.array([1, 3]), 5)
+    assert np.isnan(means[[0, 2, 4]]).all() and np.isfinite(means[[1, 3]]).all()
+    tests = np.array([[1.0, 0.0], [1.0, 0.3], [-1.0, 0.0], [0.0, 0.0]])
+    assert nearest_mean.classify(tests, means).tolist() == [1, 3, 3, 1]
+
+
 def test_zero_features_have_no_nan():
     means = nearest_mean.class_means([np.zeros((2, 3))], np.array([0, 1]), 2)
     assert np.isfinite(means).all()

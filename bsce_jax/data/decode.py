@@ -67,16 +67,13 @@ class _Plan(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """What the header of a JPEG says.
+    """What the header of a JPEG says."""
 
-    `at` is the offset of its height in the file; `one_scan`: all rows follow one
-    another, without restart markers, so that the last ones can be cut off.
-    """
-
-    at: int
+    at: int  # offset of the height in the file
     height: int
     width: int
     components: int
+    # All rows follow one another, without restart markers: the last can be cut off.
     one_scan: bool
 
 
@@ -131,7 +128,8 @@ def test_crop(
 
     Args:
       encoded, size, channels: as in `train_crop`.
-      resize: length that the shorter side is resized to, at least size; 0: size.
+      resize: length that the shorter side is resized to, at least size; 0: size. -1
+        makes the square of all of the image, whatever its shape.
 
     Returns:
       uint8 [size, size, channels].
@@ -141,11 +139,13 @@ def test_crop(
       ValueError: resize is less than size.
     """
     shorter = resize or size
-    if shorter < size:
+    if shorter < size and resize != -1:
         raise ValueError(f"resize: {resize} is not allowed, {size} (size) or more is")
 
     def choose(height: int, width: int, largest: int) -> _Plan:
-        scale = _scale(min(height, width), shorter, largest)
+        scale = _scale(min(height, width), max(shorter, size), largest)
+        if resize == -1:
+            return _Plan(scale, Box(0, 0, height, width), (size, size), (0, 0))
         sides = []
         for side in (height, width):
             resized = shorter * side // min(height, width)

@@ -11,13 +11,17 @@ writes beside a large data set that other code has prepared of what class each i
 """
 
 import argparse
+import contextlib
+import glob
 import hashlib
 import http.client
 import pathlib
+import signal
 import sys
 import tempfile
+import types
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -105,14 +109,44 @@ def check(path: pathlib.Path, size: int, sha256: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit status: 0, or 2 after an error."""
+    """Runs the command line and returns the exit status.
+
+    It is 0, 2 after an error, 130 after Ctrl-C and 143 after SIGTERM.
+    """
     options = _parser().parse_args(arguments)
     try:
-        print(options.run(options))
+        with _cleaning_up():
+            print(options.run(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except _Interrupted as interrupted:
+        print("interrupted; nothing is left behind", file=sys.stderr)
+        return 128 + interrupted.number
     return 0
+
+
+class _Interrupted(BaseException):  # or a library's `except Exception` may keep it
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+@contextlib.contextmanager
+def _cleaning_up() -> Iterator[None]:
+    """Makes SIGTERM and Ctrl-C remove what is half made; a second one ends at once."""
+
+    def interrupt(number: int, frame: types.FrameType | None) -> None:
+        for known in previous:
+            signal.signal(known, signal.SIG_DFL)
+        raise _Interrupted(number)
+
+    numbers = signal.SIGINT, signal.SIGTERM
+    previous = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,6 +189,12 @@ def _parser() -> argparse.ArgumentParser:
     ):
         choices = ["refuse", "skip"]
         folder.add_argument(flag, choices=choices, default="refuse", help=what)
+    folder.add_argument(
+        "--check",
+        choices=["ends", "full"],
+        default="ends",
+        help="look at the header and the end of a file, or decode all of it",
+    )
     index = add("index", _index, "label index of a prepared data set")
     index.add_argument("name", help="such as imagenet2012, imagenet2012:5.1.0")
     return parser
@@ -193,6 +233,7 @@ def _image_folder(options: argparse.Namespace) -> str:
             seed=options.seed,
             skip_corrupt=options.corrupt == "skip",
             skip_others=options.other_files == "skip",
+            decode_all=options.check == "full",
         )
 
     said = _prepared(root, options.name, image_folder.VERSION, run)
@@ -206,6 +247,13 @@ def _prepared(
     root: pathlib.Path, name: str, version: Any, run: Callable[[], pathlib.Path]
 ) -> str:
     """Prepares what is not there yet, and says so."""
+    for path in sorted(root.glob(f".{glob.escape(name)}-*")):
+        # Not removed: whether its owner is at work, on any machine, cannot be told.
+        print(
+            f"note: {path} is of a preparation that was killed, or is still at work; "
+            "if none is, remove it",
+            file=sys.stderr,
+        )
     folder = root / name / str(version)
     if folder.is_dir():
         return f"{name} was prepared before in {folder}: nothing is done"

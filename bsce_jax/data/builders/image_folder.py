@@ -6,6 +6,7 @@ any file is read, so each is read once and written once, as it is.
 """
 
 import collections
+import functools
 import hashlib
 import io
 import os
@@ -20,7 +21,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
-from bsce_jax.data import records
+from bsce_jax.data import decode, records
 from bsce_jax.data.builders import arrays
 from bsce_jax.data.builders.shards import Shards
 from bsce_jax.errors import UserError
@@ -31,6 +32,7 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 TAKEN = ("cifar100", "digits")  # the package's own data sets
 LEFT_OUT = "left_out.txt"  # in the data set's folder
 THREADS, AHEAD = 16, 64  # that read files, and files that may be in memory
+SMALL = 16  # pixels a side of what a decoded image is shrunk to
 SHOWN = 3  # files or classes named in a message
 
 
@@ -57,6 +59,7 @@ def prepare(
     seed: int = 0,
     skip_corrupt: bool = False,
     skip_others: bool = False,
+    decode_all: bool = False,
 ) -> pathlib.Path:
     """Returns the folder of the prepared data set under root; writes it at need.
 
@@ -75,6 +78,7 @@ def prepare(
       skip_corrupt: leaves out files that are no whole JPEG or PNG images, and lists
         them in left_out.txt.
       skip_others: leaves out files with other endings.
+      decode_all: decodes every image, instead of looking at its header and its end.
 
     Raises:
       UserError: a name or folder is not as described, files are no images, or the
@@ -95,7 +99,8 @@ def prepare(
         )
         folder = scratch / VERSION
         folder.mkdir()
-        _write(folder, name, classes, splits, skip_corrupt)
+        read = functools.partial(_read, whole=decode_all)
+        _write(folder, name, classes, splits, read, skip_corrupt)
         return folder
 
     return arrays.publish(name, VERSION, root, write)
@@ -142,29 +147,25 @@ def list_files(
       sorted class names, and the images sorted by class and name.
 
     Raises:
-      UserError: no class folders, one without images, images outside of them, or files
-        that are no images.
+      UserError: a folder that cannot be read, no class folders, one without images,
+        images outside of them, or files that are no images.
     """
     root = pathlib.Path(folder).expanduser()
-    if not root.is_dir():
-        raise UserError(f"{argument}={folder}: no such folder")
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
-    if not classes:
-        raise UserError(f"{argument}={folder}: no class folders in it")
-    loose = [e.name for e in entries if _is_image(e.name) and not e.is_dir()]
-    if loose:
-        shown = _some(sorted(loose), "image")
-        raise UserError(f"{argument}={folder}: {shown} outside of the class folders")
     names: list[str] = []
     counts, others, empty = [], [], []
-    for name in tqdm(classes, desc=f"{argument[2:]} classes", disable=None):
-        found = sorted(_walk(root, name))
-        images = [file for file in found if _is_image(file)]
-        others += [file for file in found if not _is_image(file)]
-        empty += [] if images else [name]
-        names += images
-        counts.append(len(images))
+    try:
+        classes = _class_folders(root, f"{argument}={folder}")
+        for name in tqdm(classes, desc=f"{argument[2:]} classes", disable=None):
+            found = sorted(_walk(root, name))
+            images = [file for file in found if _is_image(file)]
+            others += [file for file in found if not _is_image(file)]
+            empty += [] if images else [name]
+            names += images
+            counts.append(len(images))
+    except OSError as error:
+        raise UserError(
+            f"{argument}={folder}: {error.filename}: {error.strerror}"
+        ) from error
     if others and not skip_others:
         raise UserError(
             f"{argument}={folder}: {_some(others, 'file')} not ending in "
@@ -176,14 +177,33 @@ def list_files(
     return classes, Files(root, names, np.repeat(np.arange(len(counts)), counts))
 
 
+def _class_folders(root: pathlib.Path, given: str) -> list[str]:
+    """Sorted names of the class folders; `given` is what messages call root."""
+    if not root.is_dir():
+        raise UserError(f"{given}: no such folder")
+    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    if not classes:
+        raise UserError(f"{given}: no class folders in it")
+    loose = [e.name for e in entries if _is_image(e.name) and not e.is_dir()]
+    if loose:
+        shown = _some(sorted(loose), "image")
+        raise UserError(f"{given}: {shown} outside of the class folders")
+    return classes
+
+
 def _is_image(name: str) -> bool:
     return name.lower().endswith(ENDINGS)
 
 
 def _walk(root: pathlib.Path, name: str) -> Iterator[str]:
     """Yields the files under a class folder, relative to root."""
+
+    def refuse(error: OSError) -> None:  # os.walk would pass over the folder
+        raise error
+
     seen = set()
-    for folder, inner, files in os.walk(root / name, followlinks=True):
+    for folder, inner, files in os.walk(root / name, onerror=refuse, followlinks=True):
         status = os.stat(folder)
         if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
             inner.clear()
@@ -234,6 +254,7 @@ def _write(
     name: str,
     classes: Sequence[str],
     splits: dict[str, Files],
+    read: Callable[[pathlib.Path], tuple[bytes, str]],
     skip_corrupt: bool,
 ) -> None:
     """Writes records, label indexes and metadata of all splits."""
@@ -248,7 +269,7 @@ def _write(
     bad: list[str] = []
     for split, files in splits.items():
         info, labels = _write_split(
-            folder, f"{name}-{split}", split, files, features, bad, skip_corrupt
+            folder, f"{name}-{split}", split, files, features, read, bad, skip_corrupt
         )
         infos.append(info)
         empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
@@ -280,6 +301,7 @@ def _write_split(
     split: str,
     files: Files,
     features: tfds.features.FeaturesDict,
+    read: Callable[[pathlib.Path], tuple[bytes, str]],
     bad: list[str],
     skip_corrupt: bool,
 ) -> tuple[tfds.core.SplitInfo, np.ndarray]:
@@ -291,7 +313,7 @@ def _write_split(
         tqdm(total=len(files.names), desc=split, unit=" images", disable=None) as bar,
     ):
         paths = (files.folder / name for name in files.names)
-        for i, (data, problem) in enumerate(_ahead(pool, _read, paths)):
+        for i, (data, problem) in enumerate(_ahead(pool, read, paths)):
             bar.update()
             shown = os.fsencode(files.names[i]).decode(errors="replace")
             if problem:
@@ -326,25 +348,28 @@ def _ahead(
             future.cancel()
 
 
-def _read(path: pathlib.Path) -> tuple[bytes, str]:
-    """Reads a file; the second value says what is wrong with it, or is empty."""
+def _read(path: pathlib.Path, whole: bool) -> tuple[bytes, str]:
+    """Reads a file; the second value is its `problem`."""
     try:
         data = path.read_bytes()
     except OSError as error:
         return b"", str(error.strerror)
-    return data, problem(data)
+    return data, problem(data, whole)
 
 
-def problem(data: bytes) -> str:
-    """Says why bytes are no JPEG or PNG image, from their two ends; "" where they are.
+def problem(data: bytes, whole: bool = False) -> str:
+    """Says why bytes are no JPEG or PNG image; "" where they are.
 
-    Only what does not end as it must is decoded.
+    Args:
+      data: the bytes.
+      whole: whether they are decoded, as training does; else only their two ends are
+        looked at, and only what does not end as it must is decoded.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
         end = b"IEND\xaeB`\x82" if image.format == "PNG" else b"\xff\xd9"
-        if not data.endswith(end):
-            image.load()
+        if whole or not data.endswith(end):
+            decode.test_crop(data, SMALL, resize=-1)
     except Image.UnidentifiedImageError:
         return "neither JPEG nor PNG"
     except Exception as error:  # whatever a damaged file leads Pillow to
