@@ -85,7 +85,8 @@ def open_workdir(path: epath.Path) -> None:
     except ImportError:
         raise UserError(f"{where} needs gcsfs: pip install 'bsce_jax[gcs]'") from None
     except Exception as error:  # each object store has its own
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = getattr(error, "strerror", None) or text
         raise UserError(f"{where} cannot be written: {reason}") from None
 
 

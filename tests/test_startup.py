@@ -13,6 +13,7 @@ from etils import epath
 
 from bsce_jax import startup
 from bsce_jax.defaults import default_config
+from bsce_jax.errors import UserError
 from tests import runs
 
 PATCHED = """
@@ -97,14 +98,11 @@ def test_a_read_only_workdir_is_one_line(config, folder, existing):
     assert (workdir / "results.json").exists() == existing
 
 
-def test_a_workdir_that_is_a_file_is_one_line(config, tmp_path, capsys):
-    from bsce_jax import main
-
+def test_a_workdir_that_is_a_file_is_an_error(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
-    assert main.main(["main", f"--config={config}", f"--workdir={path}"]) == 2
-    line = f"bsce_jax: --workdir='{path}' cannot be written: File exists\n"
-    assert capsys.readouterr().err == line
+    with pytest.raises(UserError, match="file' cannot be written: File exists$"):
+        startup.open_workdir(epath.Path(path))
 
 
 @pytest.mark.parametrize("free", [0, pytest.param(100, marks=pytest.mark.slow)])
