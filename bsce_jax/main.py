@@ -146,8 +146,9 @@ def _failed(error: BaseException, peers: Any) -> int:
 if __name__ == "__main__":
     log_to_stderr()
     ended = main(sys.argv)
-    if ended == 2:  # Python would wait for threads, such as one that reads from a
-        sys.stdout.flush()  # file server that does not answer
+    if ended == 2:
+        # Python would wait for threads, such as one whose file server does not answer.
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(ended)
     sys.exit(ended)
