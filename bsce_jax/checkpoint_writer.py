@@ -88,6 +88,12 @@ class Writer:
             running, self._running = self._running, None
             running.result()
 
+    def wait_at_most(self, seconds: float) -> None:
+        """As `wait`, for so long; from any thread. An error is not raised here."""
+        running = self._running
+        if running is not None:
+            concurrent.futures.wait([running], seconds)
+
     def __enter__(self) -> Self:
         """The writer itself."""
         return self

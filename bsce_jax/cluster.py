@@ -1,14 +1,19 @@
 """Joins the processes of a run on several hosts."""
 
+import contextlib
 import importlib.util
+import math
 import os
 import re
-from typing import NamedTuple
+import sys
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple, NoReturn
 
 import jax
 
 from bsce_jax.errors import UserError
-from bsce_jax.peers import Peers
+from bsce_jax.peers import LOST, Peers
 
 
 class Address(NamedTuple):
@@ -25,15 +30,19 @@ class Address(NamedTuple):
     process: int = -1
 
 
-def join(address: Address, patience: float) -> Peers | None:
+def join(
+    address: Address, patience: float = 60.0, timeout: float = 100.0
+) -> Peers | None:
     """Joins the run's processes, before anything else is done with JAX.
 
     Without an address they are found where a launcher has started several: SLURM's
-    srun, Open MPI, Cloud TPU pods.
+    srun, Open MPI, Cloud TPU pods. A process that waits in vain for the others says so
+    and ends with status LOST.
 
     Args:
       address: of the coordinator, given by hand.
       patience: seconds without a sign of life after which a process is lost.
+      timeout: seconds within which all must have come.
 
     Returns:
       A watch over the others, or None for a run of one process.
@@ -53,33 +62,85 @@ def join(address: Address, patience: float) -> Peers | None:
             f"--process_id={address.process}: expected less than --num_processes="
             f"{address.processes}"
         )
-    if all(given):
-        _initialize(
+    with _deadline(address, timeout):
+        if not _initialized(address, timeout):
+            return None
+        try:
+            # Starts the devices, which takes all processes, as the watch does.
+            return Peers(patience) if jax.process_count() > 1 else None
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            _give_up(f"{_who(address)} cannot reach the others: {reason}")
+
+
+def _initialized(address: Address, timeout: float) -> bool:
+    """Whether this is one of several processes, all of which have come."""
+    if address.coordinator:
+        return _initialize(
+            timeout,
             coordinator_address=address.coordinator,
             num_processes=address.processes,
             process_id=address.process,
             # Otherwise SLURM's number of the task would choose one device.
             cluster_detection_method="deactivate",
         )
-    elif _launched():
+    if _launched():
         # JAX takes one device a task, unless it is told to take all.
-        _initialize(local_device_ids=[] if _one_task_a_host() else None)
-    elif _on_tpu():
-        try:
-            jax.distributed.initialize()
-        except ValueError:  # no pod: one host, or none of Google's
-            return None
-    if jax.process_count() == 1:
-        return None
-    return Peers(patience)
+        return _initialize(timeout, local_device_ids=[] if _one_task_a_host() else None)
+    return _on_tpu() and _initialize(timeout)
 
 
-def _initialize(**options: object) -> None:
+def _initialize(timeout: float, **options: object) -> bool:
+    """Waits for all processes; False if there is no pod, but one host.
+
+    Raises:
+      UserError: the launcher's variables or the address are wrong.
+    """
+    seconds = math.ceil(timeout)
     try:
-        jax.distributed.initialize(**options)  # type: ignore[arg-type]
+        jax.distributed.initialize(
+            # JAX's own time-outs abort with a stack trace: they come after ours.
+            initialization_timeout=seconds + 30,
+            heartbeat_timeout_seconds=max(100, seconds),
+            **options,  # type: ignore[arg-type]
+        )
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
+        if not options and "coordinator_address should be defined" in reason:
+            return False
         raise UserError(f"cannot join the other processes: {reason}") from None
+    return True
+
+
+@contextlib.contextmanager
+def _deadline(address: Address, seconds: float) -> Iterator[None]:
+    """Ends the process where the body takes longer, even inside a call of JAX."""
+    others = f"the other {address.processes - 1}" if address.processes else "the others"
+    reason = (
+        f"{_who(address)} has waited {seconds:g} s (--join_timeout) for {others}: "
+        "check that every host has started the same command"
+        + (f" and reaches {address.coordinator}" if address.coordinator else "")
+    )
+    timer = threading.Timer(seconds, _give_up, [reason])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _who(address: Address) -> str:
+    if address.processes:
+        return f"process {address.process} of {address.processes}"
+    return "this process"
+
+
+def _give_up(reason: str) -> NoReturn:
+    with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+        sys.stderr.write(f"bsce_jax: {reason}\n")
+        sys.stderr.flush()
+    os._exit(LOST)
 
 
 def _launched() -> bool:
@@ -101,5 +162,5 @@ def _one_task_a_host() -> bool:
 
 def _on_tpu() -> bool:
     """Whether JAX would use a TPU."""
-    chosen = os.environ.get("JAX_PLATFORMS", "")
-    return importlib.util.find_spec("libtpu") is not None and chosen in ("", "tpu")
+    first, *_ = os.environ.get("JAX_PLATFORMS", "").split(",")  # such as tpu,cpu
+    return importlib.util.find_spec("libtpu") is not None and first in ("", "tpu")

@@ -32,6 +32,7 @@ from bsce_jax.config import config_hash, flatten
 from bsce_jax.context import make_context
 from bsce_jax.errors import UserError
 from bsce_jax.monitor import Monitor
+from bsce_jax.peers import Peers
 from bsce_jax.report import results as results_file
 from bsce_jax.report import tables
 from bsce_jax.session import Progress, Run
@@ -42,7 +43,10 @@ logger = logging.getLogger("bsce_jax")
 
 
 def run(
-    config: ConfigDict, workdir: epath.PathLike, stop: startup.StopSignal
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    stop: startup.StopSignal,
+    peers: Peers | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes an experiment and returns its results.
 
@@ -50,6 +54,7 @@ def run(
       config: resolved configuration.
       workdir: folder of everything the run writes; a run found there is continued.
       stop: asked after every call of a compiled update.
+      peers: the watch of one of several processes; ends it after the running save.
 
     Raises:
       UserError: bad input, a workdir of another configuration, a loss that is not
@@ -57,6 +62,8 @@ def run(
       training.StopRequested: `stop` was set; everything is saved.
     """
     run = prepare(config, epath.Path(workdir))
+    if peers is not None:
+        peers.before_exit = run.writer.wait_at_most
     if config.finetune.epochs and config.memory.kind == "none":
         logger.info("no fine-tuning: there is no memory")
     with run.writer:
@@ -109,7 +116,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
         {
             "configuration": results["config_hash"],
             "data set": (
-                results["base_hash"],
+                results["class_order"],
                 results["class_names"],
                 dataset.train_labels.tobytes(),
                 dataset.test_labels.tobytes(),

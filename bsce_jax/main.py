@@ -55,6 +55,7 @@ def _define_flags(values: flags.FlagValues) -> None:
     define("integer", "num_processes", 0, "Processes of the run.")
     define("integer", "process_id", -1, "Number of this process, from 0.")
     define("float", "peer_timeout", 60.0, "Seconds until a silent process is lost.")
+    define("float", "join_timeout", 100.0, "Seconds to wait for all to start.")
 
 
 def _one_line(error: Exception) -> str:
@@ -81,58 +82,73 @@ def main(argv: Sequence[str]) -> int:
     peers = None
     try:
         given = parse(argv)
-        from bsce_jax import cluster, startup, training
-        from bsce_jax.config import flatten, resolve
+        from bsce_jax import cluster, startup
+        from bsce_jax.config import resolve
 
         config = resolve(given.config)
+        folder = startup.workdir_path(config, given.workdir)
+        startup.configure_jax(config, folder)  # joining reads XLA's flags
         address = cluster.Address(
             given.coordinator_address, given.num_processes, given.process_id
         )
-        peers = cluster.join(address, given.peer_timeout)
-        if peers is not None and peers.index:
-            logger.setLevel(logging.WARNING)  # the first process logs for all
-        folder = startup.open_workdir(config, given.workdir)
-        startup.configure_jax(config, folder)
-        from bsce_jax import dry_run, experiment  # after JAX is configured
+        peers = cluster.join(address, given.peer_timeout, given.join_timeout)
+        status = _run(config, folder, peers)
+    except BaseException as error:
+        return _failed(error, peers)
+    if peers is not None:
+        peers.close()
+    return status
 
-        if config.print_plan:
-            plan = dry_run.describe(config, folder)
-            if peers is None or not peers.index:
-                print(plan)
-            return 0
-        lines = [f"  {name} = {value!r}" for name, value in flatten(config).items()]
-        logger.info("workdir %s, configuration:\n%s", folder, "\n".join(lines))
-        with startup.StopSignal() as stop:
-            try:
-                experiment.run(config, folder, stop)
-            except training.StopRequested as stopped:
-                logger.info("%s", stopped)
-                return 128 + stopped.number
+
+def _run(config: Any, folder: Any, peers: Any) -> int:
+    """Prints the plan or runs; returns the exit status."""
+    from bsce_jax import dry_run, experiment, startup, training
+    from bsce_jax.config import flatten
+
+    if peers is not None and peers.index:
+        logger.setLevel(logging.WARNING)  # the first process logs for all
+    startup.open_workdir(folder)
+    if config.print_plan:
+        plan = dry_run.describe(config, folder)
+        if peers is None or not peers.index:
+            print(plan)
         return 0
-    except UserError as error:
-        print(f"bsce_jax: {error}", file=sys.stderr)
-        return _leave(peers, 2, str(error))
-    except Exception as error:
-        if peers is None:
-            raise
-        logger.exception("process %d failed", peers.index)
+    lines = [f"  {name} = {value!r}" for name, value in flatten(config).items()]
+    logger.info("workdir %s, configuration:\n%s", folder, "\n".join(lines))
+    with startup.StopSignal() as stop:
+        try:
+            experiment.run(config, folder, stop, peers)
+        except training.StopRequested as stopped:
+            logger.info("%s", stopped)
+            return 128 + stopped.number
+    return 0
+
+
+def _failed(error: BaseException, peers: Any) -> int:
+    """Shows an error and returns the exit status; ends one of several processes."""
+    if isinstance(error, UserError):
+        status, line = 2, str(error)
+    elif peers is None:
+        raise error
+    elif isinstance(error, KeyboardInterrupt):
+        status, line = 130, "interrupted"
+    else:
+        logger.error("process %d failed", peers.index, exc_info=error)
         if _LOST_CONNECTION.search(str(error)):
             peers.lost(error)
-        return _leave(peers, 1, repr(error))
-    finally:
-        if peers is not None:
-            peers.close()
-
-
-def _leave(peers: Any, status: int, message: str) -> int:
-    """Ends one of several processes: the others would wait for it for ever."""
+        status, line = 1, repr(error)
     if peers is not None:
-        peers.fail(message)
-        sys.stderr.flush()
-        os._exit(status)
+        peers.fail(line, status)  # or the others would wait for it for ever
+    print(f"bsce_jax: {line}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
     log_to_stderr()
-    sys.exit(main(sys.argv))
+    ended = main(sys.argv)
+    if ended == 2:
+        # Python would wait for threads, such as one whose file server does not answer.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended)
+    sys.exit(ended)

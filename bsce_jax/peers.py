@@ -2,7 +2,8 @@
 
 A device that waits for a lost process waits for ever; JAX ends such a process after its
 own time-out, with a stack trace. So process 0 holds a connection to every other one:
-a closed connection, a report of failure or a long silence ends all of them.
+a closed connection, a report of failure or a long silence ends all of them, with
+status 2 where what one of them reports is the user's to mend, else with LOST.
 """
 
 import contextlib
@@ -14,6 +15,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -22,14 +25,24 @@ from jax.experimental import multihost_utils
 _log = logging.getLogger("bsce_jax")
 
 LOST = 3  # exit status where another process is gone
+USER = 2  # exit status of an error that the same command would meet again
 _BEAT = 1.0  # seconds between two signs of life
 _CONNECT = 5.0  # seconds to try an address
+_SAVE = 30.0  # seconds for `before_exit`, such as a save that is still running
+_OUTLAST = 5.0  # seconds that process 0 gives the others to end before it does
 _WIDTH = 512  # bytes of the first process's addresses
 _DONE, _ALIVE, _FAILED = b"done", b"alive", b"failed "
 
 
 class Peers:
-    """The watch of one process; every process of the run starts one."""
+    """The watch of one process; every process of the run starts one.
+
+    Attributes:
+      index: number of this process.
+      count: of all processes.
+      before_exit: called with a bound in seconds before this process is ended, by the
+        watch or by `fail`; for what would be lost with it.
+    """
 
     def __init__(self, patience: float) -> None:
         """Connects the processes.
@@ -38,34 +51,49 @@ class Peers:
           patience: seconds of silence after which a process is lost.
         """
         self.index, self.count = jax.process_index(), jax.process_count()
+        self.before_exit: Callable[[float], None] | None = None
         self._patience = patience
+        self._ending = threading.Lock()  # held by the thread that decides how it ends
         self._closed = False
-        self._leaving: dict[int, bytes] = {}
+        self._leaving: set[int] = set()
         self._selector = selectors.DefaultSelector()
         self._heard: dict[int, float] = {}
         self._parts: dict[int, bytes] = {}
         self._connect()
-        if self._heard:
-            name = "peers"
-            threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._watch = threading.Thread(target=self._run, name="peers", daemon=True)
+        self._watch.start()
 
     def close(self) -> None:
-        """This process is done: its silence means nothing any more."""
-        self._closed = True
+        """Ends the watch and tells the others that this process is done.
+
+        They no longer mind its silence. Where the watch is ending this process
+        already, for an error of another one, this never returns.
+        """
+        self._decide()
         self._tell(_DONE)
 
-    def fail(self, message: str) -> None:
-        """Tells the others why this process ends."""
-        self._closed = True
-        self._tell(_FAILED + " ".join(message.split()).encode())
+    def fail(self, message: str, status: int) -> NoReturn:
+        """Says why this process ends, tells the others and ends it.
 
-    def lost(self, error: Exception) -> None:
-        """Ends this process for an error of a computation over all of them.
+        They end too: with status 2 if that is this one's, else with LOST. Process 0
+        waits some seconds for them to do so. Where the watch is ending this process
+        already, it says its own reason instead.
+
+        Args:
+          message: one line.
+          status: exit status of this process.
+        """
+        self._decide()
+        self._exit(message, status, f"process {self.index} failed: {message}")
+
+    def lost(self, error: Exception) -> NoReturn:
+        """Ends this process, with LOST, for an error of a computation over all of them.
 
         What the others have to say about it is waited for, and said instead.
         """
         time.sleep(3 * _BEAT)
-        self._end(f"a computation over all processes failed ({_line(error)})")
+        self._decide()
+        self._exit_for(f"a computation over all processes failed ({_line(error)})")
 
     def _connect(self) -> None:
         """Process 0 tells the others its addresses through JAX, and accepts them."""
@@ -129,7 +157,7 @@ class Peers:
 
     def _run(self) -> None:
         beat = time.monotonic()
-        while not self._closed:
+        while self._heard and not self._closed:
             for key, _ in self._selector.select(timeout=_BEAT / 2):
                 self._listen(key)
             now = time.monotonic()
@@ -145,13 +173,9 @@ class Peers:
                     )
 
     def _listen(self, key: selectors.SelectorKey) -> None:
-        number, connection = key.data, key.fileobj
-        try:
-            found = connection.recv(4096)  # type: ignore[union-attr]
-        except OSError:
-            found = b""
+        number = key.data
+        found = self._read(key)
         if not found:
-            self._selector.unregister(connection)
             if number not in self._leaving:
                 self._end(f"process {number} is gone", number)
             return
@@ -159,24 +183,77 @@ class Peers:
         *lines, self._parts[number] = (self._parts[number] + found).split(b"\n")
         for line in lines:
             if line.startswith(_FAILED):
-                text = line.removeprefix(_FAILED).decode(errors="replace")
-                # Process 0 passes on what it heard, and then it is not its own.
-                known = text.startswith("process ")
-                self._end(text if known else f"process {number} failed: {text}", number)
+                self._told(number, line.removeprefix(_FAILED).decode(errors="replace"))
             elif line == _DONE:
-                self._leaving[number] = line
+                self._leaving.add(number)
 
-    def _end(self, reason: str, source: int = -1) -> None:
-        if self._closed:
-            return
-        sys.stderr.write(
-            f"bsce_jax: process {self.index} ends: {reason}. The same command on every "
-            "host continues from the last checkpoint\n"
-        )
-        sys.stderr.flush()
+    def _read(self, key: selectors.SelectorKey) -> bytes:
+        """What a process has sent; nothing where it has hung up."""
+        try:
+            found = key.fileobj.recv(4096)  # type: ignore[union-attr]
+        except OSError:
+            found = b""
+        if not found:
+            self._selector.unregister(key.fileobj)
+        return found
+
+    def _told(self, number: int, report: str) -> None:
+        """Ends this process for the failure that another one has reported."""
+        status, _, reason = report.partition(" ")
+        if status != str(USER):
+            return self._end(reason, number)
+        # All may meet the same error at once: each has the time to say its own.
+        time.sleep(_BEAT)
+        return self._end(reason, number, USER)
+
+    def _decide(self) -> None:
+        """The main thread decides how this process ends; waits if the watch does."""
+        self._ending.acquire()
+        self._closed = True
+        self._watch.join()
+
+    def _end(self, reason: str, source: int, status: int = LOST) -> None:
+        """The watch decides how this process ends, unless the main thread does."""
+        if self._ending.acquire(blocking=False):
+            self._exit_for(reason, source, status)
+
+    def _exit_for(self, reason: str, source: int = -1, status: int = LOST) -> NoReturn:
+        line = f"process {self.index} ends: {reason}"
+        if status == LOST:
+            line += (
+                ". The same command on every host continues from the last checkpoint"
+            )
+        self._exit(line, status, reason, source)
+
+    def _exit(self, line: str, status: int, report: str, source: int = -1) -> NoReturn:
+        """Ends the process even if the main thread is in a call that never returns.
+
+        Args:
+          line: for the user.
+          status: exit status.
+          report: for the other processes.
+          source: the process that has given the reason.
+        """
+        with contextlib.suppress(OSError):  # a pipe that nobody reads any more
+            sys.stderr.write(f"bsce_jax: {line}\n")
+            sys.stderr.flush()
+        text = " ".join(f"{status} {report}".split())
+        self._tell(_FAILED + text.encode(), besides=source)
+        if self.before_exit is not None:
+            self.before_exit(_SAVE)
         if self.index == 0:
-            self._tell(_FAILED + reason.encode(), besides=source)
-        os._exit(LOST)  # the main thread may be inside a call that never returns
+            self._outlast(source)
+        os._exit(status)
+
+    def _outlast(self, source: int) -> None:
+        """Waits until the others have ended: JAX aborts them once process 0 has."""
+        deadline = time.monotonic() + _OUTLAST
+        while time.monotonic() < deadline:
+            left = {key.data for key in self._selector.get_map().values()}
+            if left <= {source}:
+                return
+            for key, _ in self._selector.select(timeout=_BEAT / 2):
+                self._read(key)
 
 
 def _addresses() -> list[str]:

@@ -9,6 +9,7 @@ import warnings
 
 import jax
 from etils import epath
+from jax._src import xla_bridge
 from ml_collections import ConfigDict
 
 from bsce_jax.config import config_hash
@@ -17,29 +18,23 @@ from bsce_jax.errors import UserError
 logger = logging.getLogger("bsce_jax")
 
 
+DETERMINISTIC_FLAGS = ("--xla_gpu_deterministic_ops=true",)
+
+
 def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
-    """Applies the configuration's JAX settings; before any computation.
+    """Applies the configuration's JAX settings; before joining other processes.
 
     Args:
       config: resolved configuration.
       workdir: where compiled programs are kept, if config.compile_cache and unless
-        JAX_COMPILATION_CACHE_DIR names another folder.
+        JAX_COMPILATION_CACHE_DIR names another folder. It need not exist yet.
+
+    Raises:
+      RuntimeError: config.deterministic, but JAX has read its flags already.
     """
-    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if config.deterministic:
-        # Autotuning picks kernels by timing: its choices must be kept with the run.
-        flags = ["--xla_gpu_deterministic_ops=true"]
-        if "://" in str(workdir):
-            logger.warning(
-                "config.deterministic=True: XLA keeps its choice of kernels in a local "
-                "folder only, not in %s; another machine may choose others",
-                workdir,
-            )
-        else:
-            folder = workdir / "autotune"
-            flags.append(f"--xla_gpu_per_fusion_autotune_cache_dir={folder}")
-        known = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = " ".join([known, *flags]).strip()
+        _add_xla_flags(workdir)
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
     if config.compile_cache:
         if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
@@ -48,26 +43,58 @@ def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
         warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
 
 
-def open_workdir(config: ConfigDict, workdir: str) -> epath.Path:
-    """Makes the run's folder; "" stands for runs/<name>-seed<seed>-<hash>.
+def _add_xla_flags(workdir: epath.Path) -> None:
+    if xla_bridge.backends_are_initialized():
+        raise RuntimeError("XLA's flags are set too late: it has read them already")
+    flags = list(DETERMINISTIC_FLAGS)
+    if "://" in str(workdir):
+        logger.warning(
+            "config.deterministic=True: XLA keeps its choice of kernels in a local "
+            "folder only, not in %s; another machine may choose others",
+            workdir,
+        )
+    else:
+        # Autotuning picks kernels by timing: its choices must be kept with the run.
+        folder = workdir / "autotune"
+        flags.append(f"--xla_gpu_per_fusion_autotune_cache_dir={folder}")
+    known = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([known, *flags]).strip()
 
-    Raises:
-      UserError: it cannot be made.
-    """
+
+def workdir_path(config: ConfigDict, workdir: str) -> epath.Path:
+    """The run's folder; "" stands for runs/<name>-seed<seed>-<hash>."""
     if not workdir:
         short = config_hash(config)[:8]
         workdir = f"runs/{config.name}-seed{config.seed}-{short}"
-    remote = "://" in workdir
+    if "://" in workdir:
+        return epath.Path(workdir)
+    return epath.Path(workdir).expanduser().resolve()
+
+
+def open_workdir(path: epath.Path) -> None:
+    """Makes the run's folder; the first process also tries to write there.
+
+    Raises:
+      UserError: it cannot be made, or not be written.
+    """
+    where = f"--workdir={os.fspath(path)!r}"
     try:
-        path = epath.Path(workdir) if remote else epath.Path(workdir).expanduser()
         path.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            _write_and_remove(path / f".probe-{os.getpid()}")
     except ImportError:
-        raise UserError(
-            f"--workdir={workdir!r} needs gcsfs: pip install 'bsce_jax[gcs]'"
-        ) from None
-    except OSError as error:
-        raise UserError(f"--workdir={workdir!r} cannot be made: {error}") from None
-    return path if remote else path.resolve()
+        raise UserError(f"{where} needs gcsfs: pip install 'bsce_jax[gcs]'") from None
+    except Exception as error:  # each object store has its own
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = getattr(error, "strerror", None) or text
+        raise UserError(f"{where} cannot be written: {reason}") from None
+
+
+def _write_and_remove(path: epath.Path) -> None:
+    try:
+        path.write_bytes(b"probe")
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class StopSignal:

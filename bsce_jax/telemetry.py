@@ -137,7 +137,7 @@ class Timeline:
 
     Written through at each flush: tensorboardX's own SummaryWriter keeps points in a
     queue that its flush does not empty, so that a killed run would lose some for good.
-    A full disk ends the events with a warning, not the run.
+    A full or unwritable disk ends the events with a warning, not the run.
     """
 
     def __init__(
@@ -160,14 +160,17 @@ class Timeline:
 
         self._event = event_pb2.Event
         folder = epath.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{seconds:010d}.{nanoseconds:09d}"
         # tensorboardX's own way to gs:// needs another library and its credentials.
         record_writer.register_writer_factory("store", _StoreFile)
         prefix = "store:" if "://" in os.fspath(folder) else ""
-        self._writer = record_writer.RecordWriter(prefix + os.fspath(folder / name))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = record_writer.RecordWriter(prefix + os.fspath(folder / name))
+        except OSError as error:
+            logger.warning("no TensorBoard events: %s", error)
         self._write(file_version="brain.Event:2")
         self._write(step=update, session_log={"status": "START"})
         self.flush()

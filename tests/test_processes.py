@@ -13,8 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from bsce_jax import checkpoint, cluster, peers
-from bsce_jax.errors import UserError
+from bsce_jax import checkpoint, peers
 from tests import process_worker, runs
 from tests.test_resume import newest
 
@@ -49,9 +48,18 @@ def started(commands, devices: int) -> Iterator[list[subprocess.Popen]]:
             process.communicate()
 
 
-def together(config, workdir, *overrides, devices=1, address=""):
-    """Two processes of one run."""
-    address = address or free_address()
+PATCHED = """
+import sys
+from bsce_jax import main
+{patch}
+main.log_to_stderr()
+sys.exit(main.main(sys.argv))
+"""
+
+
+def together(config, workdir, *overrides, devices=1, patch=""):
+    """Two processes of one run; each first executes the lines of `patch`."""
+    address = free_address()
     commands = [
         runs.command(
             config,
@@ -63,6 +71,9 @@ def together(config, workdir, *overrides, devices=1, address=""):
         )
         for process in range(2)
     ]
+    if patch:
+        program = ["-c", PATCHED.format(patch=patch)]
+        commands = [[command[0], *program, *command[3:]] for command in commands]
     return started(commands, devices)
 
 
@@ -234,47 +245,92 @@ def test_an_error_of_one_process_is_told_to_the_others(baseline):
     ]
     with started(commands, 1) as processes:
         errors = [process.communicate(timeout=100)[1] for process in processes]
-    assert [process.returncode for process in processes] == [peers.LOST, 2], errors
+    assert [process.returncode for process in processes] == [2, 2], errors
     assert "bsce_jax: data set 'blobs' is not on this machine" in errors[1]
     assert "process 0 ends: process 1 failed: data set 'blobs' is not on" in errors[0]
+    assert not any("same command" in error for error in errors)
 
 
-@pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        (("localhost:1", 0, 0), "expected all three or none, got 'localhost:1', 0 and"),
-        (("", 2, -1), "expected all three or none, got '', 2 and -1"),
-        (("localhost:1", 2, 2), "--process_id=2: expected less than --num_processes=2"),
-    ],
-)
-def test_an_incomplete_address_is_refused(address, message):
-    with pytest.raises(UserError, match=message):
-        cluster.join(cluster.Address(*address), 60.0)
+def test_an_error_of_all_processes_at_once_has_one_status(baseline):
+    workdir = baseline.parent / "not finite"
+    overrides = ("--config.optim.base_learning_rate=1e30", EVERY_UPDATE)
+    with together(
+        baseline, workdir, "--config.deterministic=true", *overrides
+    ) as processes:
+        errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    for error in errors:
+        (line,) = [line for line in error.splitlines() if line.startswith("bsce_jax:")]
+        assert re.match("bsce_jax: the loss is (nan|inf) in step 0 at update", line)
+        assert "last good: " in line
 
 
-def test_one_process_joins_nobody(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS", "4")  # in a batch script, outside of srun
-    assert cluster.join(cluster.Address(), 60.0) is None
+SLOW_SAVE = """
+import pathlib, time
+from bsce_jax import checkpoint
+
+def slow(directory, number, *arguments, save=checkpoint.save, **options):
+    pathlib.Path(directory, "..", "saving").resolve().write_text(str(number))
+    time.sleep(4.0)
+    save(directory, number, *arguments, **options)
+
+checkpoint.save = slow
+"""
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, []),
-        ({"SLURM_NTASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, []),
-    ],
-)
-def test_launchers_are_found_and_a_lone_task_takes_all_devices(
-    monkeypatch, variables, expected
-):
-    slurm = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_LOCALID": "0"}
-    given = variables | (slurm if "SLURM_NTASKS" in variables else {})
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    calls = []
-    monkeypatch.setattr(
-        jax.distributed, "initialize", lambda **options: calls.append(options)
-    )
-    assert cluster.join(cluster.Address(), 60.0) is None  # one process after all
-    assert calls == [{"local_device_ids": expected}]
+def test_a_checkpoint_being_written_is_completed_when_another_process_dies(baseline):
+    workdir = baseline.parent / "slow"
+    saving = workdir / "saving"
+    with together(baseline, workdir, EVERY_UPDATE, patch=SLOW_SAVE) as processes:
+        while not saving.exists():
+            time.sleep(0.01)
+            assert processes[0].poll() is None, processes[0].communicate()[1]
+        processes[1].kill()
+        _, errors = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == peers.LOST, errors
+    assert "process 0 ends: process 1 is gone" in errors
+    assert newest(workdir) == int(saving.read_text())
+    assert ranking(workdir).shape == (6, 3)  # whole
+
+
+INTERRUPTED = """
+import os, signal
+from bsce_jax import session
+
+def save(*arguments, original=session.save, **options):
+    original(*arguments, **options)
+    if "--process_id=1" in sys.argv:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+session.save = save
+"""
+
+
+def test_a_second_interrupt_of_one_process_ends_the_others(baseline):
+    workdir = baseline.parent / "interrupted"
+    with together(baseline, workdir, EVERY_UPDATE, patch=INTERRUPTED) as processes:
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [peers.LOST, 130], errors
+    assert errors[1].endswith("bsce_jax: interrupted\n")
+    assert "process 0 ends: process 1 failed: interrupted. The same" in errors[0]
+
+
+def test_processes_of_different_configurations_do_not_train_together(baseline):
+    address = free_address()
+    commands = [
+        runs.command(
+            baseline,
+            baseline.parent / "different",
+            f"--coordinator_address={address}",
+            "--num_processes=2",
+            f"--process_id={process}",
+            f"--config.seed={process}",
+        )
+        for process in range(2)
+    ]
+    with started(commands, 1) as processes:
+        errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], errors
+    for text in errors:
+        assert "bsce_jax: process 1 has another configuration than process 0" in text

@@ -246,6 +246,17 @@ def test_a_full_disk_ends_the_events_not_the_run(
     assert "No space left" in caplog.text
 
 
+def test_an_unwritable_folder_means_no_events_and_no_error(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with telemetry.Timeline(tmp_path / "file" / "events") as timeline:
+        timeline.scalars(1, {"loss": 1.0})
+        timeline.flush()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "no TensorBoard events: [Errno 20] Not a directory" in caplog.text
+
+
 # progress
 
 

@@ -16,7 +16,7 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from bsce_jax import checkpoint, telemetry
+from bsce_jax import checkpoint, startup, telemetry
 from bsce_jax.checkpoint_writer import Writer
 from bsce_jax.errors import UserError
 from bsce_jax.report import plots, results
@@ -252,3 +252,10 @@ def test_a_whole_run(
     runs.run(config, workdir)
     assert results.read(workdir) == first
     assert not (runs.ROOT / "gs:").exists()
+
+
+def test_a_bucket_is_written_to_before_a_run_begins(bucket: Bucket) -> None:
+    startup.open_workdir(epath.Path("gs://bucket/opened"))
+    assert bucket.names("opened") in ([], [""])  # the file is removed again
+    with pytest.raises(UserError, match="'gs://other/run' cannot be written: FileNot"):
+        startup.open_workdir(epath.Path("gs://other/run"))

@@ -1,0 +1,153 @@
+"""What a run does before it trains: XLA's flags, a workdir that cannot be written."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import jax
+import pytest
+from etils import epath
+
+from bsce_jax import startup
+from bsce_jax.defaults import default_config
+from bsce_jax.errors import UserError
+from tests import runs
+
+PATCHED = """
+import os, sys
+from bsce_jax import main, startup
+{patch}
+main.log_to_stderr()
+sys.exit(main.main(sys.argv))
+"""
+
+
+def patched(patch: str, config, workdir, *overrides) -> subprocess.CompletedProcess:
+    """A run to its end, after lines of Python."""
+    _, _, _, *arguments = runs.command(config, workdir, *overrides)
+    return subprocess.run(
+        [sys.executable, "-c", PATCHED.format(patch=patch), *arguments],
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("startup")
+    return runs.config_file(folder, classes=4, base=2, steps=2)
+
+
+@pytest.fixture
+def folder() -> Iterator[pathlib.Path]:
+    """Outside tmp_path, whose parents nobody but its owner may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        pathlib.Path(name).chmod(0o755)
+        yield pathlib.Path(name)
+
+
+def test_a_deterministic_run_sets_its_flags_before_xla_reads_them(config, tmp_path):
+    """An unknown flag ends a process where XLA reads it, and only there."""
+    patch = "startup.DETERMINISTIC_FLAGS = ('--xla_no_such_flag=1',)"
+    overrides = ("--config.deterministic=true", "--config.print_plan=true")
+    done = patched(patch, config, tmp_path / "run", *overrides)
+    assert done.returncode != 0
+    assert "Unknown flag in XLA_FLAGS: --xla_no_such_flag=1" in done.stderr
+
+
+def test_flags_that_come_too_late_are_an_error(tmp_path):
+    jax.devices()
+    config = default_config()
+    config.deterministic = True
+    with pytest.raises(RuntimeError, match="XLA's flags are set too late"):
+        startup.configure_jax(config, epath.Path(tmp_path))
+
+
+# Root may write anywhere, and nobody may not read this installation.
+AS_NOBODY = """
+def open_as_nobody(path, open_workdir=startup.open_workdir):
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    open_workdir(path)
+startup.open_workdir = open_as_nobody
+"""
+
+
+@pytest.mark.parametrize(
+    "existing", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_a_read_only_workdir_is_one_line(config, folder, existing):
+    workdir = folder / "run"
+    if existing:
+        runs.run(config, workdir)
+    workdir.mkdir(exist_ok=True)
+    workdir.chmod(0o555)
+    try:
+        done = patched(AS_NOBODY, config, workdir)
+    finally:
+        workdir.chmod(0o755)
+    assert done.returncode == 2, done.stderr
+    line = f"bsce_jax: --workdir='{workdir}' cannot be written: Permission denied\n"
+    assert done.stderr == line
+    assert (workdir / "results.json").exists() == existing
+
+
+def test_a_workdir_that_is_a_file_is_an_error(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    with pytest.raises(UserError, match="file' cannot be written: File exists$"):
+        startup.open_workdir(epath.Path(path))
+
+
+@pytest.mark.parametrize("free", [0, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_full_disk_is_one_line(config, tmp_path, free):
+    """From the start on, and once the first checkpoint is to be written."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs root and the permission to mount")
+    try:
+        (disk / "other").write_bytes(bytes(1024 * (200 - free)))
+        overrides = ("--config.compile_cache=false",)
+        done = patched("", config, disk / "run", *overrides)
+        assert done.returncode == 2, done.stderr
+        *_, last = done.stderr.splitlines()
+        assert last.startswith("bsce_jax: ") and "No space left on device" in last
+        assert "Traceback" not in done.stderr
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+HANGING = """
+import concurrent.futures, runpy, sys, time
+from bsce_jax import experiment
+from bsce_jax.errors import UserError
+
+def run(*arguments):
+    concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 600)
+    raise UserError("an image has not come within 60 s")
+
+experiment.run = run
+runpy.run_module("bsce_jax.main", run_name="__main__")
+"""
+
+
+def test_a_thread_that_hangs_does_not_keep_a_run_that_has_failed(config, tmp_path):
+    _, _, _, *arguments = runs.command(config, tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, *arguments],
+        cwd=runs.ROOT,
+        env=runs.environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith("bsce_jax: an image has not come within 60 s\n")
