@@ -85,7 +85,7 @@ BOUNDS: dict[str, tuple[float | None, float | None]] = {
 }
 # Priors that are not those of a balanced set's counts, on which fine-tuning runs.
 _OWN_COUNTS = ("weighted", "meta", "relaxed")
-# Fields that cannot change a run's results: not part of its hash.
+# Fields that cannot change the results of a run that ends: not part of its hash.
 NOT_HASHED = (
     "name",
     "print_plan",

@@ -9,7 +9,6 @@ import dataclasses
 import pathlib
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -143,15 +142,14 @@ class Stage:
 
     def popen(self, script, *arguments, **more):
         process = subprocess.Popen(
-            [LAUNCH / script, *arguments],
+            # Where the tests run in the background it is ignored, and bash keeps that.
+            [shutil.which("env"), "--default-signal=INT", LAUNCH / script, *arguments],
             env=self.environment | more,
             cwd=self.folder,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,  # a group of its own, as in a terminal
-            # Where the tests run in the background it is ignored, and bash keeps that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.processes.append(process)
         return process

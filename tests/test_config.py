@@ -40,6 +40,7 @@ NOT_IN_THE_HASH = {
     "data.data_dir",
     "data.workers",
     "data.timeout",
+    "data.corrupt",
 }
 MISSING = object()
 

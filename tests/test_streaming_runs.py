@@ -113,20 +113,21 @@ def photos(tmp_path_factory):
 
 
 def test_a_corrupt_image_ends_the_run_or_is_skipped(photos):
-    refused = runs.run(photos, photos.parent / "refused", status=2)
+    workdir = photos.parent / "skipped"
+    refused = runs.run(photos, workdir, status=2)
     (line,) = [x for x in refused.stderr.splitlines() if x.startswith("bsce_jax:")]
     assert re.search(r"image (train|test)_00005: .*config.data.corrupt=skip", line)
     skip = "--config.data.corrupt=skip"
-    skipped = runs.run(photos, photos.parent / "skipped", skip)
+    skipped = runs.run(photos, workdir, skip)  # goes on
     for split in ("train", "test"):
         assert f"image {split}_00005: " in skipped.stderr
-    base, last = (s["result"] for s in runs.results(photos.parent / "skipped")["steps"])
+    base, last = (s["result"] for s in runs.results(workdir)["steps"])
     assert last["counts"] == [3, 3, 8]  # counts are those of the data set
     # The test image of the third label counts in no accuracy.
     tested = sum(count for *_, count in last["confusion"])
     assert tested == 11
     assert np.isfinite(base["loss"] + last["loss"]).all()
-    files_become_images_as_in_the_evaluation(photos.parent / "skipped")
+    files_become_images_as_in_the_evaluation(workdir)
 
 
 def files_become_images_as_in_the_evaluation(workdir):
