@@ -119,6 +119,7 @@ def _run(config: Any, folder: Any, peers: Any) -> int:
         try:
             experiment.run(config, folder, stop, peers)
         except training.StopRequested as stopped:
+            stop.ignore()  # another process may have been told before this one
             logger.info("%s", stopped)
             return 128 + stopped.number
     return 0

@@ -120,6 +120,12 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    def ignore(self) -> None:
+        """The run has stopped: signals that come late must not change its status."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
+        self._previous = {}
+
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         self.number = number
         for known, handler in self._previous.items():

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -151,3 +152,20 @@ def test_a_thread_that_hangs_does_not_keep_a_run_that_has_failed(config, tmp_pat
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.endswith("bsce_jax: an image has not come within 60 s\n")
+
+
+def test_signals_after_a_stop_do_not_change_its_status():
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with startup.StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+            stop.ignore()
+        os.kill(os.getpid(), signal.SIGTERM)  # would end the tests
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    with startup.StopSignal():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
