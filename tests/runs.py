@@ -93,10 +93,10 @@ def command(config: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> lis
 def environment(devices: int = 1) -> dict[str, str]:
     known = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS",)}
     return {
+        "JAX_COMPILATION_CACHE_DIR": COMPILED,
         **known,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": COMPILED,
     }
 
 

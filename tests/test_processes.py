@@ -57,8 +57,11 @@ sys.exit(main.main(sys.argv))
 """
 
 
-def together(config, workdir, *overrides, devices=1, patch=""):
-    """Two processes of one run; each first executes the lines of `patch`."""
+def together(config, workdir, *overrides, devices=1, patch="", second=()):
+    """Two processes of one run; each first executes the lines of `patch`.
+
+    `second` are overrides of the second process alone.
+    """
     address = free_address()
     commands = [
         runs.command(
@@ -68,6 +71,7 @@ def together(config, workdir, *overrides, devices=1, patch=""):
             "--num_processes=2",
             f"--process_id={process}",
             *overrides,
+            *(second if process else ()),
         )
         for process in range(2)
     ]
@@ -231,19 +235,9 @@ def test_sigterm_at_different_moments_stops_all_at_one_update(baseline, undistur
 
 def test_an_error_of_one_process_is_told_to_the_others(baseline):
     """The second one finds no data."""
-    address = free_address()
-    commands = [
-        runs.command(
-            baseline,
-            baseline.parent / "elsewhere",
-            f"--coordinator_address={address}",
-            "--num_processes=2",
-            f"--process_id={process}",
-            *(["--config.data.data_dir=/nowhere"] if process else []),
-        )
-        for process in range(2)
-    ]
-    with started(commands, 1) as processes:
+    workdir = baseline.parent / "elsewhere"
+    nowhere = ["--config.data.data_dir=/nowhere"]
+    with together(baseline, workdir, second=nowhere) as processes:
         errors = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], errors
     assert "bsce_jax: data set 'blobs' is not on this machine" in errors[1]
@@ -320,19 +314,8 @@ def test_a_second_interrupt_of_one_process_ends_the_others(baseline):
 
 
 def test_processes_of_different_configurations_do_not_train_together(baseline):
-    address = free_address()
-    commands = [
-        runs.command(
-            baseline,
-            baseline.parent / "different",
-            f"--coordinator_address={address}",
-            "--num_processes=2",
-            f"--process_id={process}",
-            f"--config.seed={process}",
-        )
-        for process in range(2)
-    ]
-    with started(commands, 1) as processes:
+    workdir = baseline.parent / "different"
+    with together(baseline, workdir, second=["--config.seed=1"]) as processes:
         errors = [process.communicate(timeout=100)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], errors
     for text in errors:

@@ -1,5 +1,6 @@
 """Training of one step: what is planned, called, recorded and saved, and when."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -377,48 +378,33 @@ def test_a_network_that_is_not_finite_stops_training(updates_per_call, broken):
         fit(recorder, plan(step=7))
 
 
-def test_a_save_that_is_due_is_made_once():
-    """A clock that the save sets back; a second save would wait for the first."""
-    recorder, history, saves = Recorder(), training.History(), []
-    since = 0  # updates at the last save
-
-    def save(state, seen):
-        nonlocal since
-        since = seen.updates
-        saves.append(since)
-
-    training.fit(
-        recorder,
-        {"done": 0},
-        "context",
-        feed.Resident(recorder.parallel, "data"),
-        plan(),
-        history,
-        after_call=lambda history, images: None,
-        due=lambda: history.updates - since >= 2,
-        save=save,
-        stop=lambda: 0,
-    )
-    assert saves == [4, 8]
-
-
-def test_nothing_is_saved_after_a_loss_that_is_not_finite():
-    recorder = Recorder(bad=4)
-    saves: list = []
-    with pytest.raises(training.NotFiniteError):
+def saved(recorder, due) -> list[int]:
+    """Updates at each save of a run; `due` is given those done and those saved."""
+    history, saves = training.History(), [0]
+    with contextlib.suppress(training.NotFiniteError):
         training.fit(
             recorder,
             {"done": 0},
             "context",
             feed.Resident(recorder.parallel, "data"),
             plan(),
-            training.History(),
+            history,
             after_call=lambda history, images: None,
-            due=lambda: True,
+            due=lambda: due(history.updates, saves[-1]),
             save=lambda state, history: saves.append(history.updates),
             stop=lambda: 0,
         )
-    assert saves == [2, 3, 4]
+    return saves[1:]
+
+
+def test_a_save_that_is_due_is_made_once():
+    """A clock that the save sets back; a second save would wait for the first."""
+    assert saved(Recorder(), lambda done, last: done - last >= 2) == [4, 8]
+
+
+def test_nothing_is_saved_after_a_loss_that_is_not_finite():
+    assert saved(Recorder(), lambda done, last: True) == [*range(2, 10)]
+    assert saved(Recorder(bad=4), lambda done, last: True) == [2, 3, 4]
 
 
 # From here on with compiled programs, of a network small enough to compile in seconds.

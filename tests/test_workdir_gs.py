@@ -240,6 +240,7 @@ def test_a_whole_run(
 ) -> None:
     """It writes there and nowhere else; started again it is done at once."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles faster
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # that is in the workdir
     config = runs.config_file(tmp_path, classes=6, base=4, steps=1)
     workdir: Any = "gs://bucket/whole"
     runs.run(config, workdir)
