@@ -12,14 +12,17 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Read when gcsfs is imported, by whichever test: or it asks Google about buckets.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
 SHARED = os.environ.get("BSCE_JAX_SHARED", "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files of whole runs go first: with two workers they must not be the tail."""
-    long = ("test_resume", "test_experiment", "test_compiles", "test_checkpoint")
-    order = {name: rank for rank, name in enumerate(long)}
-    items.sort(key=lambda item: order.get(item.path.stem, len(long)))
+    long = "processes method_runs resume experiment streaming_runs compiles checkpoint"
+    order = {f"test_{name}": rank for rank, name in enumerate(long.split())}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,6 @@ def bucket() -> Iterator[Bucket]:
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # or it asks Google about buckets
     }
     flags = ["--host=127.0.0.1", f"--port={port}", "--in-memory"]
     with pytest.MonkeyPatch.context() as patch:
