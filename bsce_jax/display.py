@@ -9,8 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
-from typing import Any, Self, TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from bsce_jax.telemetry import first_process
 
@@ -147,19 +146,6 @@ class Progress:
         if elapsed <= 0:
             return 0.0, 0.0
         return (self._done - done) / elapsed, (self._images - images) / elapsed
-
-    def __enter__(self) -> Self:
-        """The display itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Ends the display."""
-        self.close()
 
 
 def passing(

@@ -18,7 +18,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -208,19 +207,6 @@ class Timeline:
                 self._writer.close()
             self._writer = None
             logger.warning("no more TensorBoard events: %s", error)
-
-    def __enter__(self) -> Self:
-        """The timeline itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Closes the file."""
-        self.close()
 
 
 class _StoreFile:

@@ -26,12 +26,7 @@ def make_train_update(program: Program) -> Callable:
     metrics [U]. For U = 1 there is no loop: XLA:CPU runs the backward pass of a
     convolution inside a loop some 19 times slower.
     """
-    updates = _loop(program)
-
-    def update(*arguments: Any, axis_name: str | None = None) -> _Outcome:
-        return _checked(*updates(*arguments, axis_name))
-
-    return update
+    return _checked(_loop(program))
 
 
 def _loop(program: Program) -> Callable:
@@ -97,9 +92,7 @@ def make_meta_update(program: Program) -> Callable:
 
         if len(rows.indices) == 1:
             state = alpha_update(state, 0)
-            return _checked(
-                *train_update(state, context, data, count, schedule, rows, axis_name)
-            )
+            return train_update(state, context, data, count, schedule, rows, axis_name)
 
         def one(
             u: Array, carry: tuple[TrainState, dict[str, Array]]
@@ -121,21 +114,27 @@ def make_meta_update(program: Program) -> Callable:
 
         groups = (count + meta.every - 1) // meta.every
         carry = (state, _no_metrics(len(rows.indices), state))
-        return _checked(*jax.lax.fori_loop(0, groups, group, carry))
+        return jax.lax.fori_loop(0, groups, group, carry)
 
-    return update
+    return _checked(update)
 
 
-def _checked(state: TrainState, metrics: dict[str, Array]) -> _Outcome:
-    """Adds "finite" [U]: whether the network is, after the last update.
+def _checked(update: Callable) -> Callable:
+    """Adds the metric "finite" [U]: whether the network is, after the last update.
 
     A loss is that of the network before its update, and XLA:CPU's can be finite where
     the network is not.
     """
-    network = state.params, state.batch_stats
-    leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(network)]
-    finite = jnp.all(jnp.stack(leaves))
-    return state, metrics | {"finite": jnp.broadcast_to(finite, metrics["loss"].shape)}
+
+    def checked(*arguments: Any, axis_name: str | None = None) -> _Outcome:
+        state, metrics = update(*arguments, axis_name=axis_name)
+        network = state.params, state.batch_stats
+        leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(network)]
+        finite = jnp.all(jnp.stack(leaves))
+        finite = jnp.broadcast_to(finite, metrics["loss"].shape)
+        return state, metrics | {"finite": finite}
+
+    return checked
 
 
 def _key(schedule: Schedule, update: Array | int, purpose: int) -> Array:

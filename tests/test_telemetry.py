@@ -1,5 +1,6 @@
 """Progress display, TensorBoard events, versions and compile counts."""
 
+import contextlib
 import io
 import logging
 import os
@@ -178,7 +179,7 @@ def points(folder: pathlib.Path) -> list[tuple[int, str, float]]:
 
 def test_events_can_be_read_back(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "made" / "events"
-    with telemetry.Timeline(folder) as timeline:
+    with contextlib.closing(telemetry.Timeline(folder)) as timeline:
         timeline.scalars(10, {"loss": 0.5, "images/s": 1000})
         timeline.scalars(20, {"loss": np.float32(0.25), "alpha": jnp.float32(2)})
     timeline.scalars(30, {"loss": 1.0})  # closed: dropped
@@ -198,7 +199,7 @@ def test_a_resumed_run_shows_no_point_twice(tmp_path: pathlib.Path) -> None:
     killed.close()  # rather: killed, in the middle of a record
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
-    with telemetry.Timeline(tmp_path, update=25) as resumed:
+    with contextlib.closing(telemetry.Timeline(tmp_path, update=25)) as resumed:
         for update in (30, 40, 50):
             resumed.scalars(update, {"loss": 2.0})
     assert points(tmp_path) == [
@@ -222,7 +223,7 @@ def test_events_are_written_by_the_first_process_only(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with telemetry.Timeline(tmp_path / "events") as timeline:
+    with contextlib.closing(telemetry.Timeline(tmp_path / "events")) as timeline:
         timeline.scalars(1, {"loss": 1.0})
         timeline.flush()
     assert not list(tmp_path.iterdir())
@@ -250,7 +251,9 @@ def test_an_unwritable_folder_means_no_events_and_no_error(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    with telemetry.Timeline(tmp_path / "file" / "events") as timeline:
+    with contextlib.closing(
+        telemetry.Timeline(tmp_path / "file" / "events")
+    ) as timeline:
         timeline.scalars(1, {"loss": 1.0})
         timeline.flush()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -278,8 +281,8 @@ def test_elsewhere_progress_is_a_log_line_now_and_then(
 ) -> None:
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock, stream = Clock(), io.StringIO()
-    with display.Progress(
-        1000, done=100, seconds=10.0, stream=stream, clock=clock
+    with contextlib.closing(
+        display.Progress(1000, done=100, seconds=10.0, stream=stream, clock=clock)
     ) as progress:
         for update in range(300):
             clock.seconds += 0.125
@@ -311,7 +314,9 @@ def test_the_pace_is_that_of_the_last_minute() -> None:
 
 def test_progress_on_a_terminal_is_a_bar() -> None:
     clock, stream = Clock(), Terminal()
-    with display.Progress(100, done=40, stream=stream, clock=clock) as progress:
+    with contextlib.closing(
+        display.Progress(100, done=40, stream=stream, clock=clock)
+    ) as progress:
         for _ in range(10):
             clock.seconds += 1.0
             progress.advance(1, images=32, loss=0.5, where="step 2/2, epoch 1/3")
@@ -326,7 +331,9 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 def test_a_bar_does_not_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock = Clock()
-    with display.Progress(10, stream=Terminal(), clock=clock) as progress:
+    with contextlib.closing(
+        display.Progress(10, stream=Terminal(), clock=clock)
+    ) as progress:
         clock.seconds += 100.0
         progress.advance(1, images=1)
         progress.note("note")
@@ -347,7 +354,7 @@ def test_progress_never_waits_for_a_loss(caplog: pytest.LogCaptureFixture) -> No
 
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock = Clock()
-    with display.Progress(10, seconds=1.0, clock=clock) as progress:
+    with contextlib.closing(display.Progress(10, seconds=1.0, clock=clock)) as progress:
         for value, ready in ((3.0, True), (2.0, True), (1.0, False)):
             progress.advance(1, images=1, loss=Loss(value, ready))
         clock.seconds += 1.0
@@ -362,7 +369,9 @@ def test_other_processes_show_nothing(
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock, stream = Clock(), Terminal()
-    with display.Progress(10, stream=stream, clock=clock) as progress:
+    with contextlib.closing(
+        display.Progress(10, stream=stream, clock=clock)
+    ) as progress:
         clock.seconds += 100.0
         progress.advance(1, images=100, loss=1.0)
         progress.note("note")

@@ -1,5 +1,6 @@
 """Everything that a run writes, on a real gs:// path: an emulator on this machine."""
 
+import contextlib
 import json
 import pathlib
 import socket
@@ -187,7 +188,7 @@ def events(data: bytes) -> list[Any]:
 
 def test_tensorboard_events(bucket: Bucket) -> None:
     folder = epath.Path("gs://bucket/tensorboard")
-    with telemetry.Timeline(folder, update=3) as timeline:
+    with contextlib.closing(telemetry.Timeline(folder, update=3)) as timeline:
         (name,) = bucket.names("tensorboard")
         timeline.scalars(4, {"train/loss": 0.5})
         timeline.flush()
