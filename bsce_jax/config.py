@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "finetune.trainable": ("head", "all"),
     "finetune.batch_norm": ("train", "eval"),
     "meta.optimizer": ("sgd", "adam"),
+    "meta.variable": ("alpha", "log_alpha"),
     "meta.batch_norm": ("train", "eval"),
 }
 # Inclusive lower and upper bounds; None = no bound.

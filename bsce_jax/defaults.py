@@ -167,6 +167,8 @@ def _meta() -> ConfigDict:
     c.inner_learning_rate = 0.0  # one-step inner SGD; 0 = the current learning rate
     c.optimizer = "sgd"  # of alpha: sgd | adam
     c.learning_rate = 1.0  # of alpha
+    # What that optimiser moves: alpha | log_alpha (its steps are then factors)
+    c.variable = "alpha"
     c.minimum = 1e-3  # alpha stays in [minimum, maximum]
     c.maximum = 10.0
     c.batch_norm = "train"  # statistics of the pass over B_t: train | eval

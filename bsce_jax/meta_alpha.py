@@ -80,6 +80,7 @@ def update(
     optimizer: optax.GradientTransformation,
     minimum: float,
     maximum: float,
+    logarithmic: bool = False,
 ) -> tuple[jax.Array, optax.OptState]:
     """One step of alpha, kept within bounds.
 
@@ -90,13 +91,19 @@ def update(
       optimizer: any optax optimiser.
       minimum: lower bound, above 0, where the derivative of log alpha has its pole.
       maximum: upper bound.
+      logarithmic: the optimiser moves log alpha, whose gradient is alpha times that of
+        alpha: alpha is multiplied where it would be added to.
 
     Returns:
       The new alpha and the new state of the optimiser.
     """
-    change, optimizer_state = optimizer.update(gradient, optimizer_state, alpha)
-    alpha = jnp.clip(jnp.asarray(optax.apply_updates(alpha, change)), minimum, maximum)
-    return alpha, optimizer_state
+    if logarithmic:
+        gradient = alpha * gradient
+    variable = jnp.log(alpha) if logarithmic else alpha
+    change, optimizer_state = optimizer.update(gradient, optimizer_state, variable)
+    moved = jnp.asarray(optax.apply_updates(variable, change))
+    moved = jnp.exp(moved) if logarithmic else moved
+    return jnp.clip(moved, minimum, maximum), optimizer_state
 
 
 def _sum_over_devices(tree: Any, axis_name: str | None) -> Any:

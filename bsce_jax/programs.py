@@ -217,4 +217,5 @@ def _meta(config: ConfigDict) -> steps.Meta:
         minimum=meta.minimum,
         maximum=meta.maximum,
         batch_norm=meta.batch_norm,
+        logarithmic=meta.variable == "log_alpha",
     )

@@ -43,6 +43,7 @@ class Meta:
     minimum: float
     maximum: float
     batch_norm: str
+    logarithmic: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,6 +260,7 @@ def meta_step(
         meta.optimizer,
         meta.minimum,
         meta.maximum,
+        meta.logarithmic,
     )
     return state.replace(alpha=alpha, alpha_opt_state=alpha_opt_state)
 

@@ -311,3 +311,32 @@ def test_update_carries_the_state() -> None:
             alpha, jnp.float32(3), state, optimizer, 1e-3, 10.0
         )
         np.testing.assert_allclose(alpha, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "expected"),
+    [(0.2, 2 * np.exp(-0.2)), (-0.2, 2 * np.exp(0.2)), (9.0, 0.25), (-9.0, 3.0)],
+)
+def test_update_of_the_logarithm(gradient: float, expected: float) -> None:
+    """d/d log alpha = alpha d/d alpha: at alpha = 2, rate 0.5, a factor exp(-g)."""
+    optimizer = optax.sgd(0.5)
+    alpha = jnp.float32(2)
+    step: Callable = jax.jit(
+        lambda a, g, s: meta_alpha.update(a, g, s, optimizer, 0.25, 3.0, True)
+    )
+    new, _ = step(alpha, jnp.float32(gradient), optimizer.init(alpha))
+    np.testing.assert_allclose(new, expected, rtol=1e-6)
+    assert new.dtype == alpha.dtype and new.weak_type == alpha.weak_type
+
+
+def test_adam_on_the_logarithm_moves_by_factors() -> None:
+    """From a constant gradient of log alpha, each step divides by exp(its rate)."""
+    optimizer = optax.adam(0.1)
+    alpha = jnp.float32(1)
+    state = optimizer.init(alpha)
+    for step in (1, 2):
+        gradient = 3.0 / alpha
+        alpha, state = meta_alpha.update(
+            alpha, gradient, state, optimizer, 1e-3, 10.0, True
+        )
+        np.testing.assert_allclose(alpha, np.exp(-0.1 * step), rtol=1e-5)

@@ -68,7 +68,9 @@ def program(dtype, meta=True, method="il_baseline") -> steps.Program:
             augment.train_images, padding=1, flip=True, brightness=0.0, **pixels
         ),
         test_images=functools.partial(augment.test_images, **pixels),
-        meta=steps.Meta(optax.sgd(1.0), 2, 0.0, 1e-3, 10.0, "train") if meta else None,
+        meta=steps.Meta(optax.sgd(1.0), 2, 0.0, 1e-3, 10.0, "train", False)
+        if meta
+        else None,
     )
 
 
