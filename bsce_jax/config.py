@@ -351,11 +351,20 @@ def digest(values: Any) -> str:
 
 def config_hash(config: ConfigDict) -> str:
     """Identifies all fields that can change the results."""
-    fields = flatten(config)
-    return digest(
-        {
-            name: value
-            for name, value in fields.items()
-            if not any(name == n or name.startswith(n + ".") for n in NOT_HASHED)
-        }
+    return digest({n: v for n, v in flatten(config).items() if _is_hashed(n)})
+
+
+def _is_hashed(name: str) -> bool:
+    return not any(name == n or name.startswith(n + ".") for n in NOT_HASHED)
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What makes the hashes of two flattened configurations differ, in a line."""
+    names = sorted(
+        name
+        for name in theirs.keys() | ours.keys()
+        if _is_hashed(name) and theirs.get(name) != ours.get(name)
     )
+    shown = [f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:3]]
+    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
+    return "; ".join(shown) + more

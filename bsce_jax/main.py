@@ -1,5 +1,6 @@
 """Runs one experiment: python -m bsce_jax.main --config configs/digits.py."""
 
+import contextlib
 import logging
 import os
 import re
@@ -105,17 +106,19 @@ def _run(config: Any, folder: Any, peers: Any) -> int:
     from bsce_jax import dry_run, experiment, startup, training
     from bsce_jax.config import flatten
 
-    if peers is not None and peers.index:
+    follows = peers is not None and peers.index > 0
+    if follows:
         logger.setLevel(logging.WARNING)  # the first process logs for all
     startup.open_workdir(folder)
     if config.print_plan:
         plan = dry_run.describe(config, folder)
-        if peers is None or not peers.index:
+        if not follows:
             print(plan)
         return 0
     lines = [f"  {name} = {value!r}" for name, value in flatten(config).items()]
     logger.info("workdir %s, configuration:\n%s", folder, "\n".join(lines))
-    with startup.StopSignal() as stop:
+    lock = contextlib.nullcontext() if follows else startup.lock(folder)
+    with startup.StopSignal() as stop, lock:
         try:
             experiment.run(config, folder, stop, peers)
         except training.StopRequested as stopped:

@@ -1,6 +1,7 @@
 """What a run will do, before it does it: data, classes of each step, exemplars."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -331,12 +332,22 @@ def base_hash(config: ConfigDict, dataset: Dataset) -> str:
     base = dataset.groups[0].stop
     part["class_order"] = [int(i) for i in dataset.class_order[:base]]
     part["num_classes"] = dataset.num_classes
-    part["terms"] = {
-        name: {**term.to_dict(), "weight": weight}
-        for name, term in config.terms.items()
-        if terms.in_base_step(name) and (weight := terms.weight(name, term, 0, base))
-    }
     counts = dataset.images_per_class[:base]
-    if config.prior != "none" and np.any(counts != counts[0]):
+    equal = bool(np.all(counts == counts[0]))
+    part["terms"] = _base_terms(config, base, equal)
+    if config.prior != "none" and not equal:
         part["counts"] = [int(n) for n in counts]
     return digest(part)
+
+
+def _base_terms(config: ConfigDict, base: int, equal: bool) -> dict[str, Any]:
+    """What each term is in the base step; rescaling has no effect on equal classes."""
+    found = {}
+    for name, term in config.terms.items():
+        what, weight = terms.in_base_step(name), terms.weight(name, term, 0, base)
+        if what and weight:
+            options = {**term.to_dict(), "weight": weight}
+            if equal:
+                options |= {k: False for k in terms.RESCALING if k in options}
+            found[name if what in config.terms else what] = options
+    return found

@@ -201,11 +201,12 @@ def updates_per_call(config: ConfigDict, devices: parallel.Parallel) -> int:
 
 def _terms(config: ConfigDict, base: bool) -> tuple[steps.Term, ...]:
     """The configured terms; without those that need old classes in the base step."""
-    return tuple(
-        steps.Term(name, terms.module(name).term, terms.options(term))
-        for name, term in sorted(config.terms.items())
-        if terms.in_base_step(name) or not base
-    )
+    found = []
+    for name, term in sorted(config.terms.items()):
+        if source := terms.in_base_step(name) if base else name:
+            function = terms.module(source).term
+            found.append(steps.Term(name, function, terms.options(term)))
+    return tuple(found)
 
 
 def _meta(config: ConfigDict) -> steps.Meta:

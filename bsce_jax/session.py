@@ -15,6 +15,7 @@ from bsce_jax import checkpoint, parallel, training
 from bsce_jax import plan as planning
 from bsce_jax import programs as compiled
 from bsce_jax.checkpoint_writer import Writer
+from bsce_jax.config import differences
 from bsce_jax.errors import UserError
 from bsce_jax.feed import Feed
 from bsce_jax.monitor import Monitor
@@ -153,7 +154,7 @@ def restore(run: Run) -> Progress:
         except checkpoint.DamagedError:
             continue  # reported below
         if theirs["config_hash"] != run.results["config_hash"]:
-            changed = _differences(theirs["config"], run.results["config"])
+            changed = differences(theirs["config"], run.results["config"])
             raise UserError(
                 f"workdir {run.workdir} belongs to another configuration ({changed}): "
                 "give another --workdir"
@@ -198,17 +199,6 @@ def _arrays(progress: Progress) -> dict[str, Any]:
     }
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-    names = sorted(
-        name
-        for name in theirs.keys() | ours.keys()
-        if theirs.get(name) != ours.get(name)
-    )
-    shown = [f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:3]]
-    more = f", and {len(names) - 3} more" if len(names) > 3 else ""
-    return "; ".join(shown) + more
-
-
 def take_over(run: Run, progress: Progress) -> Progress:
     """Starts from the trained network of config.init_from's base step.
 
@@ -226,7 +216,7 @@ def take_over(run: Run, progress: Progress) -> Progress:
             {k: v for k, v in config.items() if planning.reaches_base(k)}
             for config in (theirs["config"], run.results["config"])
         )
-        changed = _differences(theirs_of_base, ours_of_base)
+        changed = differences(theirs_of_base, ours_of_base)
         changed = changed or "classes, terms, or a prior that weighs unequal classes"
         raise UserError(f"{where}: its base step is another one ({changed})")
     variables = {
@@ -234,7 +224,10 @@ def take_over(run: Run, progress: Progress) -> Progress:
         "batch_stats": progress.state.batch_stats,
     }
     for number in checkpoint.numbers(folder / "checkpoints"):
-        meta = checkpoint.read_meta(folder / "checkpoints", number)
+        try:
+            meta = checkpoint.read_meta(folder / "checkpoints", number)
+        except checkpoint.CheckpointError:
+            continue  # damaged, or just removed by that run, inside a later step
         if meta["step"] == 0 and meta["finished"]:
             found = checkpoint.restore(
                 folder / "checkpoints", number, {"state": variables}, partial=True

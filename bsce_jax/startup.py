@@ -1,11 +1,16 @@
 """Prepares the process for a run: JAX's settings, the workdir, signals."""
 
+import contextlib
+import fcntl
 import logging
 import os
 import signal
+import socket
 import threading
+import time
 import types
 import warnings
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -16,6 +21,7 @@ from bsce_jax.config import config_hash
 from bsce_jax.errors import UserError
 
 logger = logging.getLogger("bsce_jax")
+_LOCK = ".lock"
 
 
 DETERMINISTIC_FLAGS = ("--xla_gpu_deterministic_ops=true",)
@@ -97,8 +103,67 @@ def _write_and_remove(path: epath.Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir until this process ends, however it ends.
+
+    Two runs in one workdir would spoil each other's checkpoints. Object stores have no
+    such locks; where a file system has none, a log line says so.
+
+    Raises:
+      UserError: another run has it.
+    """
+    if "://" in os.fspath(workdir):
+        yield
+        return
+    with (workdir / _LOCK).open("a") as file:
+        try:
+            _acquire(file.fileno())
+        except BlockingIOError:
+            owner = " ".join((workdir / _LOCK).read_text().split())
+            raise UserError(
+                f"--workdir={os.fspath(workdir)!r} is in use by another run ({owner})"
+            ) from None
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): start no second run there", workdir, error
+            )
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
+
+
+def _acquire(file: int) -> None:
+    """Takes the lock of an open file; `in_use` may hold it for a moment.
+
+    Raises:
+      BlockingIOError: somebody keeps it.
+      OSError: the file system has no locks.
+    """
+    for _ in range(20):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def in_use(workdir: epath.PathLike) -> bool:
+    """Whether a run that lives holds the `lock` of a local workdir."""
+    try:
+        with open(os.path.join(workdir, _LOCK), encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or no locks there
+        return False
+    return False
+
+
 class StopSignal:
-    """SIGTERM and Ctrl-C ask the run to save and end; a second one ends it at once.
+    """SIGTERM and Ctrl-C ask the run to save and end; a second Ctrl-C ends it at once.
+
+    A second SIGTERM changes nothing: a scheduler may send one to every process, and the
+    parent of this one another. Who cannot wait has SIGKILL.
 
     Use as a context manager in the main thread; elsewhere it never stops.
     """
@@ -127,6 +192,5 @@ class StopSignal:
         self._previous = {}
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        self.number = number
-        for known, handler in self._previous.items():
-            signal.signal(known, handler)  # type: ignore[arg-type]
+        self.number = self.number or number
+        signal.signal(signal.SIGINT, self._previous[signal.SIGINT])  # type: ignore[arg-type]

@@ -21,6 +21,8 @@ WEIGHTS = {
     "sqrt(seen/new)": lambda old, seen: math.sqrt(seen / (seen - old)),  # PODNet
 }
 _NOT_OPTIONS = ("weight", "factor")
+# Options of the classification losses, which one keeps that takes another's place.
+RESCALING = ("rescale", "normalised")
 
 
 def module(name: str) -> ModuleType:
@@ -28,9 +30,11 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"{losses.__name__}.{name}")
 
 
-def in_base_step(name: str) -> bool:
-    """Whether a term has a place in the base step, where no class is old."""
-    return not getattr(module(name), "NEEDS_OLD_CLASSES", False)
+def in_base_step(name: str) -> str:
+    """The name of what a term is in the base step, where no class is old; "": none."""
+    if getattr(module(name), "NEEDS_OLD_CLASSES", False):
+        return ""
+    return getattr(module(name), "WITHOUT_OLD_CLASSES", name)
 
 
 def needs_similarities(name: str) -> bool:
@@ -85,7 +89,7 @@ def with_prior(terms: ConfigDict, prior: str, classification: str) -> ConfigDict
     "The classification loss (CE for LUCIR, NCA for PODNet) is replaced by
     BalancedS-CE" (Jodelet et al., on combining it with other methods): a term whose
     module says CLASSIFICATION becomes softmax_ce, with the same weight, where there
-    is a prior, or the term that `classification` names.
+    is a prior, or the term that `classification` names. Loss rescaling stays.
     """
     wanted = classification
     if wanted == "auto" and prior != "none":
@@ -94,7 +98,8 @@ def with_prior(terms: ConfigDict, prior: str, classification: str) -> ConfigDict
     for name, term in terms.items():
         classifies = getattr(module(name), "CLASSIFICATION", False)
         if classifies and wanted not in ("auto", name):
-            found[wanted] = {k: term[k] for k in _NOT_OPTIONS if k in term}
+            kept = (*_NOT_OPTIONS, *RESCALING)
+            found[wanted] = {k: term[k] for k in kept if k in term}
         else:
             found[name] = term
     return found

@@ -242,7 +242,7 @@ def test_a_classification_loss_may_be_chosen_without_a_prior():
     config.classification = "separated_softmax_ce"
     config.terms.softmax_ce.rescale = True
     found = resolve(config).terms.to_dict()
-    assert found["separated_softmax_ce"] == {"weight": "1-rho"}
+    assert found["separated_softmax_ce"] == {"weight": "1-rho", "rescale": True}
     assert set(found) == {"separated_softmax_ce", "kd"}
     config.prior = "balanced"
     assert refusal(config).startswith("config.classification='separated_softmax_ce'")

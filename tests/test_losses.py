@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bsce_jax import log_prior, losses
+from bsce_jax import log_prior, losses, terms
 from bsce_jax.losses import kd, softmax_ce
 
 Parity = Callable[[str], Mapping[str, np.ndarray]]
@@ -353,3 +353,30 @@ def test_separated_softmax_oracle(x64: None) -> None:
         other = new if old[y] else old
         np.testing.assert_array_equal(row[other], 0)  # they do not compete
         assert np.any(row) == (old[y] or new[y])
+
+
+def test_rescaling_weighs_every_classification_loss_alike() -> None:
+    rng = np.random.default_rng(2)
+    counts = np.array([20, 20, 500, 500, 0], np.float32)
+    seen, old = counts > 0, np.arange(C) < 2
+    batch = types.SimpleNamespace(
+        labels=np.array([0, 2, 2, 1, 3, 0]), valid=np.array([1, 1, 1, 1, 1, 0.0])
+    )
+    prior = np.where(seen, 0, log_prior.EXCLUDED).astype(np.float32)
+    context = types.SimpleNamespace(log_prior=prior, counts=counts, seen=seen, old=old)
+    z = rng.normal(size=(B, C)).astype(np.float32)
+    student = {"logits": z, "similarities": z, "scale": np.float32(1)}
+    for name in ("softmax_ce", "separated_softmax_ce", "nca"):
+        term = terms.module(name).term
+        plain, _ = term(student, None, batch, context)
+        values, weights = term(student, None, batch, context, rescale=True)
+        by_hand = plain * (1040 / 4 / counts[batch.labels])
+        np.testing.assert_allclose(values, by_hand, rtol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(weights, batch.valid)
+        values, weights = term(
+            student, None, batch, context, rescale=True, normalised=True
+        )
+        np.testing.assert_allclose(values, plain, rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            weights, batch.valid * (1040 / 4 / counts[batch.labels]), rtol=1e-6
+        )

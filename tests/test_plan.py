@@ -320,6 +320,7 @@ IRRELEVANT = {
     "meta.batch_size": 3,
     "meta.inner_learning_rate": 0.3,
     "meta.optimizer": "adam",
+    "meta.variable": "log_alpha",
     "meta.learning_rate": 0.3,
     "meta.minimum": 0.1,
     "meta.maximum": 2.0,
@@ -370,6 +371,28 @@ def test_the_base_hash_of_all_priors_is_one_where_classes_are_equally_large():
     assert plain == hashes.pop()
     later = dataset([8, 8, 8, 8, 7, 8], base=3, steps=3)
     assert len({plan.base_hash(config(prior=p), later) for p in PRIORS}) == 1
+
+
+def test_the_ablations_of_equally_large_classes_share_the_base_step():
+    """The separated softmax is the softmax there, and rescaling multiplies by one."""
+
+    def given(classification="auto", **terms) -> ConfigDict:
+        c = config().copy_and_resolve_references()
+        c.terms, c.classification = ConfigDict(terms), classification
+        return resolve(c)
+
+    softmax = {"weight": "1-rho", "rescale": False}
+    plain = given(softmax_ce=softmax)
+    rescaled = given(softmax_ce=softmax | {"rescale": True})
+    separated = given("separated_softmax_ce", softmax_ce=softmax)
+    both = given(softmax_ce={"weight": 0.5}, separated_softmax_ce={"weight": 0.5})
+    expected = plan.base_hash(plain, DATA)
+    assert plan.base_hash(rescaled, DATA) == expected
+    assert plan.base_hash(separated, DATA) == expected
+    assert plan.base_hash(both, DATA) != expected
+    unequal = dataset([8, 8, 7, 8, 8, 8], base=3, steps=3)
+    assert plan.base_hash(rescaled, unequal) != plan.base_hash(plain, unequal)
+    assert plan.base_hash(separated, unequal) == plan.base_hash(plain, unequal)
 
 
 def test_the_base_hash_and_the_scenario():

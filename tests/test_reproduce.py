@@ -1,18 +1,22 @@
 """The runner of the paper's tables: cells to runs, shared base steps, going on."""
 
+import dataclasses
 import json
 import pathlib
+import subprocess
 import sys
 import textwrap
 import time
 
 import pytest
+from etils import epath
 
+from bsce_jax import startup
 from bsce_jax.errors import UserError
 from bsce_jax.report import published
 from bsce_jax.report import results as results_file
 from bsce_jax.reproduce import __main__ as command
-from bsce_jax.reproduce import cells, runner
+from bsce_jax.reproduce import cells, manifest, process, runner
 from tests import runs
 from tests.test_report import make_results
 
@@ -113,7 +117,15 @@ def test_a_cell_whose_configuration_is_refused_says_why(small):
         ({"tables": ("table9",)}, "table 'table9': expected one of table1, table2"),
         ({"rows": ("mine",)}, "row 'mine' of table5: one of alpha-0.1"),
         ({"columns": ("mine",)}, "column 'mine' of table5: one of 5-final_base"),
-        ({"dataset": "mnist"}, "no cell is chosen"),
+        ({"dataset": "mnist"}, "--dataset 'mnist' of table5: one of cifar100"),
+        (
+            {"tables": ("table1", "table5"), "rows": ("alpha-0.5", "podnett")},
+            "row 'podnett' of table1, table5: one of ",
+        ),
+        (
+            {"files": {"cifar10": "cifar100_cpu"}},
+            "--file 'cifar10' of table5: one of cifar100",
+        ),
         ({"files": {"cifar100": "none"}}, "none.py does not exist yet"),
     ],
 )
@@ -128,34 +140,59 @@ def fake(name: str, base: str, updates: int = 10, base_updates: int = 4) -> cell
 
 def test_shares_keep_base_steps_together_and_lose_nothing():
     all_runs = [fake(f"{b}{i}", b, 10 + i) for b in "abcde" for i in range(3)]
-    for count in (1, 2, 3, 7):
+    for count in (1, 2, 3, 5):
         parts = [cells.share(all_runs, i + 1, count) for i in range(count)]
         assert sorted(r.name for part in parts for r in part) == sorted(
             r.name for r in all_runs
         )
         bases = [{r.base_hash for r in part} for part in parts]
         assert sum(map(len, bases)) == 5  # no base step in two parts
-        sizes = [cells.cost([r for r in all_runs if r.base_hash == b]) for b in "abcde"]
-        loads = [sum(cells.cost([r for r in p if r.base_hash == b]) for b in bs)
-                 for p, bs in zip(parts, bases, strict=True)]  # fmt: skip
-        assert max(loads) - min(loads) <= max(sizes)
+        assert max(map(load, parts)) - min(map(load, parts)) <= load(all_runs) / 5
+
+
+def test_a_base_step_with_more_runs_than_a_share_is_cut():
+    """Four runs of 96 updates and a base step of 4, beside one small run."""
+    large = [fake(f"a{i}", "a", 100) for i in range(4)]
+    all_runs = [*large, fake("b0", "b", 14)]
+    parts = [cells.share(all_runs, i + 1, 4) for i in range(4)]
+    assert sorted(r.name for p in parts for r in p) == ["a0", "a1", "a2", "a3", "b0"]
+    assert sorted(map(load, parts)) == [100, 100, 100, 114]
+    weighed = [fake("a", "a", 100), *(fake(f"b{i}", f"b{i}", 10) for i in range(3))]
+    wide = dataclasses.replace(weighed[1], pixels=10)
+    (first,), others = (cells.share([wide, *weighed[2:]], i, 2) for i in (1, 2))
+    assert first == wide and len(others) == 2  # ten times the work of the others
+
+
+def load(part) -> int:
+    return sum(map(cells.cost, cells.by_base_step(part)))
 
 
 # The runner, with scripts in place of runs.
 
 SCRIPT = """
-    import json, pathlib, sys, time
+    import json, os, pathlib, signal, sys, time
     workdir, behaviour = pathlib.Path(sys.argv[1]).absolute(), sys.argv[2]
     taken = sys.argv[3:]
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir.parent.parent / "order").open("a") as file:
         print(workdir.name, *[pathlib.Path(base).name for base in taken], file=file)
-    print("step 1/2, 3/10 updates")
+    if behaviour == "two":
+        print("80/100 updates", flush=True)
+        time.sleep(1.5)
+        print("85/100 updates", flush=True)
+    else:
+        print("step 1/2, 3/10 updates", flush=True)
     if behaviour == "fail":
         raise SystemExit("out of cheese")
+    if behaviour == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if behaviour == "patient":
+        signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), sys.exit(143)))
+        time.sleep(100)
     if behaviour == "slow" and not (workdir / "begun").exists():
         (workdir / "begun").touch()
         time.sleep(100)
+    (workdir / "checkpoints" / "4").mkdir(parents=True)
     (workdir / "results.json").write_text((workdir.parent.parent / workdir.name)
                                           .read_text())
 """
@@ -215,11 +252,44 @@ def test_a_failed_run_is_named_and_the_others_go_on(scripted, tmp_path):
     made, shown, _ = scripted(all_runs, {"a0": "fail"})
     made.work(float("inf"), lambda: False)
     assert made.states == {"a0": "failed", "a1": "done"}
-    assert any("a0 failed: out of cheese" in line for line in shown)
+    assert any("a0: failed, out of cheese" in line for line in shown)
     made, _, _ = scripted(all_runs)  # called again, it is tried again
     made.work(float("inf"), lambda: False)
     assert made.states == {"a0": "done", "a1": "done"}
     assert order(tmp_path)[-1] == "a0 a1"
+
+
+def test_a_killed_run_has_failed_and_is_not_started_again(scripted, tmp_path):
+    """Or one that has not enough memory would be started for ever."""
+    made, shown, _ = scripted([fake("a0", "a")], {"a0": "killed"})
+    made.work(float("inf"), lambda: False)
+    assert made.states == {"a0": "failed"} and order(tmp_path) == ["a0"]
+    assert any("killed by SIGKILL (out of memory?)" in line for line in shown)
+
+
+def test_all_runs_are_told_to_end_before_the_first_is_waited_for(scripted, monkeypatch):
+    monkeypatch.setattr(runner, "GRACE", 20.0)
+    all_runs = [fake(f"{b}0", b) for b in "abc"]
+    behaviours = {run.name: "patient" for run in all_runs}
+    made, *_ = scripted(all_runs, behaviours, jobs=3)
+    began = time.monotonic()
+    made.work(began + 3, lambda: False)
+    assert time.monotonic() - began < 3 + 2 * 3  # not three times as long
+    assert set(made.states.values()) == {"to do"}
+
+
+def test_a_workdir_that_another_process_has_is_waited_for(scripted, tmp_path):
+    """Of two runners on one folder, or after one that was killed."""
+    made, shown, _ = scripted([fake("a0", "a"), fake("a1", "a")])
+    folder = tmp_path / "runs" / "a0"
+    folder.mkdir()
+    with startup.lock(epath.Path(folder)):
+        made.work(time.monotonic() + 2.5, lambda: False)
+        assert made.states == {"a0": "elsewhere", "a1": "to do"}
+    assert "a0: runs in another process" in shown and not (tmp_path / "order").exists()
+    made.work(float("inf"), lambda: False)
+    assert made.states == {"a0": "done", "a1": "done"}
+    assert order(tmp_path) == ["a0", "a1 a0"]
 
 
 def test_at_the_limit_runs_are_asked_to_end_and_continue_later(scripted, tmp_path):
@@ -248,6 +318,58 @@ def test_a_run_of_another_configuration_in_the_way_is_refused(scripted, tmp_path
     other = cells.Run("a0", 0, (), "another hash", "a", 10, 4)
     with pytest.raises(UserError, match="a run of another configuration"):
         scripted([other])
+
+
+def test_time_left_is_that_of_what_this_call_has_done(scripted, tmp_path):
+    """A run that goes on at 80 of 100 updates has not done 80 in this call."""
+    run = fake("a0", "a", 100, 10)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "runs" / "a0" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "logs" / "a0.log").write_text("step 3/5, 80/100 updates\n")
+    made, shown, _ = scripted([run, fake("b0", "b", 100, 10)], {"a0": "two"})
+    assert made.progress() == "0/2 runs, 40.0 %"
+    made.work(float("inf"), lambda: False)
+    made._began = time.monotonic() - 3600  # an hour for 5 updates; 112 are left
+    made.states = {"a0": "to do", "b0": "to do"}
+    assert made.progress() == "0/2 runs, 44.0 %, about 22.4 h left"
+
+
+# The list of cells that the report is made from.
+
+
+def listed(folder, *names: str, protocol="full", **states):
+    found = [
+        cells.Cell("table1", name, "cifar100-5", "", (fake(name, "a"),))
+        for name in names
+    ]
+    manifest.write(folder, protocol, found, states)
+    written = json.loads((folder / manifest.NAME).read_text())
+    return {run["name"]: run["status"] for c in written["cells"] for run in c["runs"]}
+
+
+def test_cells_of_earlier_commands_stay_in_the_manifest(tmp_path):
+    assert listed(tmp_path, "a", "b", a="done", b="failed") == {
+        "a": "done",
+        "b": "failed",
+    }
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "results.json").write_text(json.dumps(make_results()))
+    known = {"a": "done", "b": "failed", "c": "running"}
+    assert listed(tmp_path, "c", c="elsewhere") == known
+    assert listed(tmp_path, "b", b="to do") == known | {"b": "to do", "c": "to do"}
+    assert listed(tmp_path, "d", protocol="reduced: x", d="done") == {"d": "done"}
+
+
+def test_many_processes_may_write_one_manifest(tmp_path):
+    code = (
+        "import pathlib, sys; from bsce_jax.reproduce import manifest\n"
+        "for _ in range(200): manifest.write(pathlib.Path(sys.argv[1]), 'full', [], {})"
+    )
+    command_ = [sys.executable, "-c", code, str(tmp_path)]
+    processes = [subprocess.Popen(command_, cwd=runs.ROOT) for _ in range(2)]
+    assert [process.wait(60) for process in processes] == [0, 0]
+    assert json.loads((tmp_path / manifest.NAME).read_text())["cells"] == []
+    assert [path.name for path in tmp_path.iterdir()] == [manifest.NAME]
 
 
 # The command.
@@ -306,9 +428,38 @@ def test_a_dry_run_prints_commands_that_are_valid(small, tmp_path, capsys):
         (["--shard=x"], "--shard 'x'"),
         (["--file", "cifar100"], "--file cifar100: expected NAME=OTHER"),
         (["--config.optim.epoch=1"], "epoch"),
+        (["--file", f"cifar100={'small'}", "table9=x"], "--file 'table9' of table5"),
     ],
 )
 def test_mistakes_are_one_line(small, tmp_path, capsys, flags, message):
     assert command.main(arguments(small, tmp_path, *flags)) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("bsce_jax: ") and message in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--limit_seconds=50", "--limit_seconds=50: expected 0 (none) or more than 60"),
+        ("--limit_seconds=-5", "--limit_seconds=-5: expected 0"),
+        ("--output=gs://bucket/x", "expected a folder of this machine"),
+        ("--config.seed=3", "unexpected '--config.seed=3': give --seeds"),
+        ("--config.print_plan=True", "give --dry_run"),
+    ],
+)
+def test_flags_that_cannot_be_meant(flag, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--table=5", flag])
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_relative_data_dir_is_one_of_the_callers_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--table=5", "--config.data.data_dir=here", "--config.seed_=1"]
+    chosen_ = command.choose(command.parse(flags))
+    assert chosen_.overrides == (
+        f"--config.data.data_dir={tmp_path / 'here'}",
+        "--config.seed_=1",
+    )
+    assert process.absolute("gs://bucket/data") == "gs://bucket/data"
+    assert process.absolute("here") == str(tmp_path / "here")

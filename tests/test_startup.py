@@ -1,11 +1,15 @@
 """What a run does before it trains: XLA's flags, a workdir that cannot be written."""
 
+import errno
+import fcntl
+import logging
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 
 import jax
@@ -169,3 +173,78 @@ def test_signals_after_a_stop_do_not_change_its_status():
     with startup.StopSignal():
         pass
     assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+
+
+def test_only_a_second_interrupt_ends_a_run_at_once():
+    """A scheduler may tell every process of a job, and a parent its child again."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with startup.StopSignal() as stop:
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.number == signal.SIGTERM
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+HOLDING = """
+import sys, time
+from etils import epath
+from bsce_jax import startup
+with startup.lock(epath.Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_workdir_is_locked_until_its_process_ends_however_it_ends(tmp_path):
+    assert not startup.in_use(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(tmp_path)],
+        cwd=runs.ROOT,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        assert startup.in_use(tmp_path)
+        message = f"in use by another run \\(process {holder.pid} on "
+        with (
+            pytest.raises(UserError, match=message),
+            startup.lock(epath.Path(tmp_path)),
+        ):
+            pass
+        holder.kill()
+    assert not startup.in_use(tmp_path)
+    for _ in range(2):
+        with startup.lock(epath.Path(tmp_path)):
+            assert startup.in_use(tmp_path)
+    assert not startup.in_use(tmp_path)
+
+
+def test_object_stores_have_no_lock():
+    with startup.lock(epath.Path("gs://bucket/run")):
+        assert not startup.in_use("gs://bucket/run")
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(logging.getLogger("bsce_jax"), "propagate", True)
+    with startup.lock(epath.Path(tmp_path)):
+        assert "cannot be locked" in caplog.text
+    assert not startup.in_use(tmp_path)
+
+
+def test_a_second_run_in_a_workdir_is_refused_in_one_line(config, tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    with startup.lock(epath.Path(workdir)):
+        done = patched("", config, workdir)
+    assert done.returncode == 2
+    assert f"--workdir={str(workdir)!r} is in use" in done.stderr.splitlines()[-1]
+    assert not (workdir / "checkpoints").exists()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from bsce_jax.log_prior import EXCLUDED
+from bsce_jax.losses.softmax_ce import rescaled
 
 NEEDS_SIMILARITIES = True
 """The term reads what a cosine or local similarity head gives besides its logits."""
@@ -70,6 +71,8 @@ def term(
     *,
     margin: float = 0.6,
     exact: bool = False,
+    rescale: bool = False,
+    normalised: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The classification loss of PODNet as a term of a training step.
 
@@ -78,9 +81,10 @@ def term(
         classes] without their scale, and ``"scale"`` [].
       teacher: not used.
       batch: ``labels`` [batch] int and ``valid`` [batch] (0 for padding rows).
-      context: ``seen`` [classes] bool.
+      context: ``seen`` [classes] bool, and ``counts`` [classes].
       margin: see `nca`; without effect unless `exact`.
       exact: the printed loss, not the one the authors coded.
+      rescale, normalised: loss rescaling, see `bsce_jax.losses.softmax_ce.term`.
 
     Returns:
       Values and weights, both ``[batch]``; sum(w * v) / sum(w) is the loss.
@@ -93,4 +97,4 @@ def term(
         exact,
         context.seen,
     )
-    return values, batch.valid
+    return rescaled(values, batch, context, rescale, normalised)

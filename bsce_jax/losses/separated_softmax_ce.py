@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from bsce_jax.log_prior import EXCLUDED
-from bsce_jax.losses.softmax_ce import softmax_cross_entropy
+from bsce_jax.losses.softmax_ce import rescaled, softmax_cross_entropy
 
 CLASSIFICATION = True
 """Another classification loss may take its place: see `bsce_jax.terms.with_prior`."""
+
+WITHOUT_OLD_CLASSES = "softmax_ce"
+"""What the term is in the base step, which runs with either can therefore share."""
 
 
 def separated_softmax_cross_entropy(
@@ -42,6 +45,9 @@ def term(
     teacher: Mapping[str, Any] | None,
     batch: Any,
     context: Any,
+    *,
+    rescale: bool = False,
+    normalised: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Separated softmax cross-entropy as a term of a training step.
 
@@ -49,7 +55,8 @@ def term(
       student: outputs of the model in training, with ``"logits"`` [batch, classes].
       teacher: not used.
       batch: ``labels`` [batch] int and ``valid`` [batch] (0 for padding rows).
-      context: ``old`` and ``seen`` [classes] bool.
+      context: ``old`` and ``seen`` [classes] bool, and ``counts`` [classes].
+      rescale, normalised: loss rescaling, see `bsce_jax.losses.softmax_ce.term`.
 
     Returns:
       Values and weights, both ``[batch]``; sum(w * v) / sum(w) is the loss.
@@ -58,4 +65,4 @@ def term(
     values = separated_softmax_cross_entropy(
         student["logits"], batch.labels, context.old, new
     )
-    return values, batch.valid
+    return rescaled(values, batch, context, rescale, normalised)

@@ -76,6 +76,21 @@ def term(
       Values and weights, both ``[batch]``; sum(w * v) / sum(w) is the loss.
     """
     values = softmax_cross_entropy(student["logits"], batch.labels, context.log_prior)
+    return rescaled(values, batch, context, rescale, normalised)
+
+
+def rescaled(
+    values: jax.Array, batch: Any, context: Any, rescale: bool, normalised: bool
+) -> tuple[jax.Array, jax.Array]:
+    """A classification loss's values and weights, rescaled where that is asked for.
+
+    Args:
+      values: ``[batch]``, of the samples.
+      batch, context, rescale, normalised: see `term`.
+
+    Returns:
+      Values and weights, both ``[batch]``; sum(w * v) / sum(w) is the loss.
+    """
     if not rescale:
         return values, batch.valid
     is_label = batch.labels[:, None] == jnp.arange(len(context.counts))[None, :]

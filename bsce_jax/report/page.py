@@ -66,7 +66,7 @@ def write(output: epath.PathLike) -> None:
             found[workdir] = results.read(folder / workdir)
     page = render(manifest, found, published.load(), flatten(default_config()))
     for name, text in zip(("html", "md", "csv"), page, strict=True):
-        results.replace(folder / f"report.{name}", text)
+        results.replace(folder / f"report.{name}", text, shared=True)
 
 
 def render(

@@ -41,6 +41,7 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,8 +65,13 @@ def write(workdir: epath.PathLike, results: Mapping[str, Any]) -> None:
     replace(epath.Path(workdir) / FILE_NAME, text)
 
 
-def replace(target: epath.Path, content: str | bytes) -> None:
+def replace(target: epath.Path, content: str | bytes, shared: bool = False) -> None:
     """Replaces a file; after a crash it is the old file or the new one.
+
+    Args:
+      target: the file.
+      content: all of it.
+      shared: several processes may do so at once; the last one's stays.
 
     Raises:
       UserError: it cannot be written.
@@ -75,7 +81,9 @@ def replace(target: epath.Path, content: str | bytes) -> None:
         if "://" in os.fspath(target):
             target.write_bytes(data)  # object stores replace a whole object at once
         else:
-            _replace(target, data)
+            # One fixed name: what a killed run left behind is overwritten by the next.
+            own = f"{socket.gethostname()}-{os.getpid()}." if shared else ""
+            _replace(target, target.with_name(f".{target.name}.{own}tmp"), data)
     except Exception as error:  # object stores raise others than OSError, too
         raise UserError(f"{target} cannot be written: {_reason(error)}") from error
 
@@ -86,9 +94,7 @@ def _reason(error: Exception) -> str:
     return " ".join(words.split())
 
 
-def _replace(target: epath.Path, data: bytes) -> None:
-    # One fixed name: what a killed run left behind is overwritten by the next one.
-    temporary = target.with_name(f".{target.name}.tmp")
+def _replace(target: epath.Path, temporary: epath.Path, data: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(data)

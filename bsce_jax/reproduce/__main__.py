@@ -5,14 +5,22 @@ import contextlib
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from bsce_jax import startup
 from bsce_jax.errors import UserError
 from bsce_jax.reproduce import cells as tables
-from bsce_jax.reproduce import runner
+from bsce_jax.reproduce import manifest, runner
+from bsce_jax.reproduce.process import absolute
 
 PAGE_SECONDS = 300.0  # least time between two versions of the report
+# Fields that the runner sets itself, and what to give in their place.
+OWN_FIELDS = {
+    "seed": "--seeds",
+    "name": "--file",
+    "init_from": "nothing: base steps are shared",
+    "print_plan": "--dry_run",
+}
 EPILOG = """examples:
   python -m bsce_jax.reproduce --table 1 --dataset cifar100 --seeds 3
   python -m bsce_jax.reproduce --table 5 6 --rows il_baseline balanced --dry_run
@@ -38,7 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--rows", nargs="+", default=[], help="rows by key; default: all")
     add("--columns", nargs="+", default=[], help="columns by key; default: all")
     add("--seeds", type=int, default=1, help="runs of a cell (default: 1)")
-    add("--output", type=pathlib.Path, default=pathlib.Path("runs/reproduce"))
+    add("--output", default="runs/reproduce", help="folder of all runs")
     add("--jobs", type=int, default=1, help="runs at once (default: 1)")
     add("--shard", default="1/1", metavar="I/N", help="part of the runs, 1/N to N/N")
     add("--limit_seconds", type=float, default=0, help="of this call; 0: none")
@@ -57,9 +65,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.overrides = tuple(rest)
     if not options.table and not options.figure:
         parser.error("give --table or --figure")
+    for flag in rest:
+        field = flag.removeprefix("--config.").partition("=")[0]
+        if field in OWN_FIELDS:
+            parser.error(f"unexpected {flag!r}: give {OWN_FIELDS[field]}")
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1")
+    limit = options.limit_seconds
+    if limit and not limit > runner.GRACE:
+        least = f"more than {runner.GRACE:g}, in which runs save and end"
+        parser.error(f"--limit_seconds={limit:g}: expected 0 (none) or {least}")
+    if "://" in options.output:
+        parser.error(f"--output={options.output}: expected a folder of this machine")
     return options
 
 
@@ -80,9 +98,15 @@ def choose(options: argparse.Namespace) -> tables.Chosen:
         columns=tuple(options.columns),
         seeds=options.seeds,
         files=files,
-        overrides=options.overrides,
+        overrides=tuple(map(_absolute, options.overrides)),
         folder=tables.configs_folder(),
     )
+
+
+def _absolute(flag: str) -> str:
+    """An override; a relative data_dir is one of this folder, not of the runs'."""
+    name, _, value = flag.partition("=")
+    return f"{name}={absolute(value)}" if name == "--config.data.data_dir" else flag
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -114,10 +138,11 @@ def reproduce(options: argparse.Namespace) -> int:
     """
     from bsce_jax.report import page  # matplotlib only here
 
+    began = time.monotonic()
     chosen = choose(options)
     index, count = shard(options.shard)
     found = tables.expand(chosen)
-    runs = list({run.name: run for cell in found for run in cell.runs}.values())
+    runs = _distinct(run for cell in found for run in cell.runs)
     mine = tables.share(runs, index, count)
     for cell in found:
         if cell.missing:
@@ -126,7 +151,7 @@ def reproduce(options: argparse.Namespace) -> int:
         for run in mine:
             print(f"{run.updates} updates: {tables.shown_command(run)}")
         return 0
-    output = options.output.expanduser().resolve()
+    output = pathlib.Path(options.output).expanduser().resolve()
     try:
         (output / "runs").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,23 +161,37 @@ def reproduce(options: argparse.Namespace) -> int:
 
     def changed(states: dict[str, str], last: bool) -> None:
         nonlocal written
-        others = {r.name: runner.state(output, r) for r in runs if r.name not in states}
-        everything = {**others, **states}
-        runner.write_manifest(output, protocol(chosen), found, everything)
-        # Drawing takes seconds: not after every run of many short ones.
-        if last or time.monotonic() - written > PAGE_SECONDS:
-            page.write(output)
-            written = time.monotonic()
+        try:
+            manifest.write(output, protocol(chosen), found, states)
+            # Drawing takes seconds: not after every run of many short ones.
+            if last or time.monotonic() - written > PAGE_SECONDS:
+                page.write(output)
+                written = time.monotonic()
+        except UserError as error:
+            _show(f"no new report: {error}")  # the runs matter more
 
     work = runner.Runner(mine, output, options.jobs, _show, changed)
     limit = options.limit_seconds
-    deadline = time.monotonic() + limit - runner.GRACE if limit else float("inf")
+    deadline = began + limit - runner.GRACE if limit else float("inf")
     with startup.StopSignal() as stop, contextlib.suppress(KeyboardInterrupt):
         work.work(deadline, lambda: stop.number != 0)
     left = [name for name, state in work.states.items() if state != "done"]
     print(f"{len(mine) - len(left)} of {len(mine)} runs done; {output / 'report.html'}")
     failed = [name for name, state in work.states.items() if state == "failed"]
     return 1 if failed else 3 if left else 0
+
+
+def _distinct(runs: Iterable[tables.Run]) -> list[tables.Run]:
+    """Each run once.
+
+    Raises:
+      UserError: two configurations would share a folder.
+    """
+    found: dict[str, tables.Run] = {}
+    for run in runs:
+        if found.setdefault(run.name, run).config_hash != run.config_hash:
+            raise UserError(f"two configurations are called {run.name}: see --file")
+    return list(found.values())
 
 
 def _show(line: str) -> None:

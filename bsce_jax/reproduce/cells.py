@@ -9,6 +9,7 @@ their runs, also across tables.
 
 import dataclasses
 import importlib.util
+import math
 import pathlib
 import re
 import shlex
@@ -39,6 +40,9 @@ class Run:
       config_hash: of all that can change its results.
       base_hash: runs of one hash can share a base step.
       updates, base_updates: of the whole run, and of its base step.
+      pixels: of the images of an update, by which updates of different data sets are
+        weighed against each other.
+      config: flattened configuration.
     """
 
     name: str
@@ -48,6 +52,10 @@ class Run:
     base_hash: str
     updates: int
     base_updates: int
+    pixels: int = 1
+    config: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
 
 
 class Cell(NamedTuple):
@@ -107,15 +115,17 @@ def expand(chosen: Chosen) -> list[Cell]:
     """The chosen cells with their runs, in the order of the tables.
 
     Raises:
-      UserError: an unknown table, row or column, nothing chosen, or a configuration
-        that is not valid.
+      UserError: an unknown table, row, column, data set or file, nothing chosen, or
+        no cell with a valid configuration and a prepared data set.
     """
     tables = published.load()
-    known, cells = _Known(), []
     for key in chosen.tables:
         if key not in tables:
             raise UserError(f"table {key!r}: expected one of {', '.join(tables)}")
-        how = table_module(chosen.folder, key)
+    modules = {key: table_module(chosen.folder, key) for key in chosen.tables}
+    _check_keys(chosen, tables, modules)
+    known, cells, refused = _Known(), [], ""
+    for key, how in modules.items():
         for row, column in _chosen_cells(chosen, tables[key]):
             stem, arguments = how.COLUMNS[column]
             if chosen.dataset not in ("", stem):
@@ -131,12 +141,35 @@ def expand(chosen: Chosen) -> list[Cell]:
                     )
                 except UserError as error:  # such as Meta with a single exemplar
                     missing = str(error)
+                    refused = refused or missing
             cells.append(Cell(key, row, column, missing, runs))
     if not cells:
         raise UserError("no cell is chosen: see --table, --dataset, --rows, --columns")
     if not known.runs:
-        raise UserError(f"nothing can be run: {cells[0].missing}")
+        raise UserError(f"nothing can be run: {refused or cells[0].missing}")
     return cells
+
+
+def _check_keys(
+    chosen: Chosen,
+    tables: Mapping[str, published.Table],
+    modules: Mapping[str, ModuleType],
+) -> None:
+    """Refuses rows, columns, data sets and files that none of the tables has."""
+    rows = [row.key for key in chosen.tables for row in tables[key].rows]
+    columns = [column.key for key in chosen.tables for column in tables[key].columns]
+    stems = [stem for how in modules.values() for stem, _ in how.COLUMNS.values()]
+    for flag, given, allowed in (
+        ("row", chosen.rows, rows),
+        ("column", chosen.columns, columns),
+        ("--dataset", (chosen.dataset,) if chosen.dataset else (), stems),
+        ("--file", chosen.files, stems),
+    ):
+        for key in given:
+            if key not in allowed:
+                names = ", ".join(dict.fromkeys(allowed))
+                where = ", ".join(chosen.tables)
+                raise UserError(f"{flag} {key!r} of {where}: one of {names}")
 
 
 def table_module(folder: pathlib.Path, key: str) -> ModuleType:
@@ -150,23 +183,13 @@ def table_module(folder: pathlib.Path, key: str) -> ModuleType:
 
 def _chosen_cells(chosen: Chosen, table: published.Table) -> Iterable[tuple[str, str]]:
     """Keys (row, column) of the cells of a table that were asked for."""
-    keys = {
-        "row": [row.key for row in table.rows],
-        "column": [column.key for column in table.columns],
-    }
-    if len(chosen.tables) == 1:
-        for kind, given in (("row", chosen.rows), ("column", chosen.columns)):
-            for key in given:
-                if key not in keys[kind]:
-                    allowed = ", ".join(keys[kind])
-                    raise UserError(f"{kind} {key!r} of {table.key}: one of {allowed}")
-    for row in keys["row"]:
-        for column in keys["column"]:
-            if chosen.rows and row not in chosen.rows:
+    for row in table.rows:
+        for column in table.columns:
+            if chosen.rows and row.key not in chosen.rows:
                 continue
-            if chosen.columns and column not in chosen.columns:
+            if chosen.columns and column.key not in chosen.columns:
                 continue
-            yield row, column
+            yield row.key, column.key
 
 
 def _missing(chosen: Chosen, stem: str, row: str, settings: Any) -> str:
@@ -217,6 +240,8 @@ def _run(
             base_hash=planning.base_hash(config, dataset),
             updates=sum(updates),
             base_updates=updates[0],
+            pixels=config.optim.batch_size * math.prod(dataset.image_shape[:2]),
+            config=flatten(config),
         )
     return known.runs[key]
 
@@ -258,21 +283,32 @@ def by_base_step(runs: Sequence[Run]) -> list[list[Run]]:
 def share(runs: Sequence[Run], index: int, count: int) -> list[Run]:
     """The runs of one of `count` processes, numbered from 1.
 
-    Runs that can share a base step stay together; the groups are dealt out by their
-    updates, largest first, each to the process with the least so far.
+    Runs that can share a base step stay together, but for a group that costs more than
+    a process's part: it is cut, and each piece trains the base step. The groups are
+    dealt out by their cost, largest first, each to the process with the least so far.
     """
-    loads, mine = [0] * count, []
-    for group in sorted(by_base_step(runs), key=lambda group: -cost(group)):
+    groups = by_base_step(runs)
+    most = sum(map(cost, groups)) / count
+    pieces = [piece for group in groups for piece in _pieces(group, most)]
+    loads = [0] * count
+    mine: list[Run] = []
+    for piece in sorted(pieces, key=lambda piece: -cost(piece)):
         process = loads.index(min(loads))
-        loads[process] += cost(group)
+        loads[process] += cost(piece)
         if process == index - 1:
-            mine += group
+            mine += piece
     return mine
 
 
+def _pieces(group: Sequence[Run], most: float) -> list[Sequence[Run]]:
+    number = min(len(group), math.ceil(cost(group) / most))
+    return [group[first::number] for first in range(number)]
+
+
 def cost(group: Sequence[Run]) -> int:
-    """Updates of runs that share a base step."""
-    return sum(run.updates - run.base_updates for run in group) + group[0].base_updates
+    """What runs that share a base step cost: updates times the pixels of each."""
+    updates = sum(run.updates - run.base_updates for run in group)
+    return (updates + group[0].base_updates) * group[0].pixels
 
 
 def command(run: Run, workdir: str, base: str = "") -> list[str]:

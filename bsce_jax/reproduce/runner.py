@@ -1,95 +1,34 @@
 """Runs processes of bsce_jax.main until the chosen cells are filled."""
 
-import contextlib
-import json
-import os
 import pathlib
-import re
-import shlex
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from etils import epath
-
+from bsce_jax import startup
+from bsce_jax.config import differences
 from bsce_jax.errors import UserError
 from bsce_jax.report import results as results_file
 from bsce_jax.reproduce import cells as tables
-from bsce_jax.reproduce.cells import Cell, Run
+from bsce_jax.reproduce.cells import Run
+from bsce_jax.reproduce.process import (
+    Process,
+    log_file,
+    logged_updates,
+    workdir,
+)
 
-GRACE = 60.0  # seconds that a run gets to save and end
-_UPDATES = re.compile(r"(\d+)/\d+ updates")
-
-
-class Process:
-    """A run in a process of its own, with its log."""
-
-    def __init__(self, run: Run, output: pathlib.Path, base: str):
-        """Starts it; `base` names a run whose base step it takes over, or is ""."""
-        self.run, self.started = run, time.monotonic()
-        self.log = output / "logs" / f"{run.name}.log"
-        self.log.parent.mkdir(exist_ok=True)
-        command = tables.command(run, workdir(run.name), base and workdir(base))
-        # In the output folder, so that what a run writes names no other folder.
-        paths = [str(tables.SOURCE), os.environ.get("PYTHONPATH", "")]
-        environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(output / "compiled"),
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        }
-        with self.log.open("a", encoding="utf-8") as file:
-            print(f"$ {shlex.join(map(str, command))}", file=file, flush=True)
-            self._process = subprocess.Popen(
-                command,
-                cwd=output,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                process_group=0,  # Ctrl-C comes to this process, which passes it on
-            )
-
-    def ended(self) -> bool:
-        """Whether it has ended."""
-        return self._process.poll() is not None
-
-    def stop(self) -> None:
-        """Asks it to save and end; ends it after the grace period."""
-        if not self.ended():
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(GRACE)
-        if not self.ended():
-            self._process.kill()
-        self._process.wait()
-
-    @property
-    def asked_to_end(self) -> bool:
-        """Whether it ended by a signal, its own progress saved."""
-        return self._process.returncode in (128 + 15, 128 + 2, -15, -9)
-
-    def updates(self) -> int:
-        """Updates done, as its newest log line says."""
-        found = _UPDATES.findall(tail(self.log, 2000))
-        return int(found[-1]) if found else 0
-
-
-def workdir(name: str) -> str:
-    """A run's folder in the output folder."""
-    return f"runs/{name}"
-
-
-def tail(path: pathlib.Path, size: int) -> str:
-    """The last `size` bytes of a text file."""
-    with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        file.seek(max(0, file.tell() - size))
-        return file.read().decode(errors="replace")
+GRACE = 60.0  # seconds that runs get to save and end
+SHOW_SECONDS = 10.0  # from one line of progress to the next
 
 
 class Runner:
-    """Keeps up to `jobs` runs going; a base step is trained once and then shared."""
+    """Keeps up to `jobs` runs going; a base step is trained once and then shared.
+
+    Attributes:
+      states: of each run by name: "to do", "running", "elsewhere" (another process has
+        its workdir), "done" or "failed".
+    """
 
     def __init__(
         self,
@@ -111,104 +50,185 @@ class Runner:
         """
         self._runs, self._output, self._jobs = runs, output, jobs
         self._show, self._changed = show, changed
+        self._bases = BaseSteps(output / "runs")
         self.states = {run.name: state(output, run) for run in runs}
         self._active: list[Process] = []
-        self._began, self._done_before = time.monotonic(), self._done()
+        # Updates done, of each run that is neither done nor to do from its start.
+        self._updates = {
+            run.name: logged_updates(log_file(output, run.name))
+            for run in runs
+            if (output / workdir(run.name) / "checkpoints").exists()
+        }
+        self._began, self._advanced = time.monotonic(), 0
 
     def work(self, deadline: float, stop: Callable[[], bool]) -> None:
         """Runs what is to do until all is done, the deadline or `stop`."""
-        shown = 0.0
+        shown = -SHOW_SECONDS
         try:
             while not stop() and time.monotonic() < deadline:
-                self._collect()
+                self._collect(stop)
                 self._start()
-                if not self._active:
+                if not self._active and not self._waiting():
                     return
-                if time.monotonic() - shown >= 10:
+                if time.monotonic() - shown >= SHOW_SECONDS:
                     shown = time.monotonic()
                     self._show(self.progress())
                 time.sleep(1.0)
         finally:
-            for process in self._active:
-                process.stop()
-                self._judge(process)
-            self._active = []
-            self._changed(self.states, True)
+            self._end()
 
-    def _collect(self) -> None:
-        for process in [process for process in self._active if process.ended()]:
+    def _waiting(self) -> bool:
+        """Whether a run is still to do, but not yet: see `_start`."""
+        return any(state in ("to do", "elsewhere") for state in self.states.values())
+
+    def _end(self) -> None:
+        """Tells all runs to save and end, at once, and waits."""
+        for process in self._active:
+            process.tell()
+        latest = time.monotonic() + GRACE
+        for process in self._active:
+            process.wait(latest - time.monotonic())
+        self._collect(lambda: True)
+        self._changed(self.states, True)
+
+    def _collect(self, stop: Callable[[], bool]) -> None:
+        """Judges the runs that have ended; `stop`: all processes were told to."""
+        for process in list(self._active):
+            ended, advanced = process.ended(), self._count(process)
+            if not ended:
+                continue
+            self._advanced += advanced
             self._active.remove(process)
-            process.stop()
-            self._judge(process)
-            self._show(f"{process.run.name}: {self.states[process.run.name]}")
+            name = process.run.name
+            self.states[name], why = self._judge(process, stop)
+            self._show(f"{name}: {self.states[name]}{why}")
             self._changed(self.states, False)
 
-    def _judge(self, process: Process) -> None:
-        name = process.run.name
-        results = read(self._output / workdir(name))
+    def _judge(self, process: Process, stop: Callable[[], bool]) -> tuple[str, str]:
+        """The state of a run that has ended, and what to say of it."""
+        folder = self._output / workdir(process.run.name)
+        try:
+            results = read(folder)
+        except UserError as error:
+            return "failed", f", {error}"
         if results is not None and results["status"] == "done":
-            self.states[name] = "done"
-        elif process.asked_to_end:
-            self.states[name] = "to do"
-        else:
-            self.states[name] = "failed"
-            last = tail(process.log, 4000).strip().splitlines()[-1]
-            self._show(f"{name} failed: {last} (see {process.log})")
+            return "done", ""
+        if process.told or stop():
+            return "to do", ""
+        if startup.in_use(folder):  # somebody started it at the same time
+            return "elsewhere", ""
+        return "failed", f", {process.end} (see {process.log})"
 
     def _start(self) -> None:
         """Starts runs as long as there is room, but none that waits for a base step."""
+        free = self._jobs - len(self._active)
+        if free <= 0:
+            return
+        bases = self._bases.scan()
         for run in self._runs:
-            if len(self._active) >= self._jobs:
-                return
-            if self.states[run.name] != "to do":
+            if self.states[run.name] not in ("to do", "elsewhere"):
                 continue
-            base = self._base(run)
-            if base == "wait":
+            if startup.in_use(self._output / workdir(run.name)):
+                if self.states[run.name] == "to do":
+                    self._show(f"{run.name}: runs in another process")
+                self.states[run.name] = "elsewhere"
                 continue
-            self.states[run.name] = "running"
-            self._active.append(Process(run, self._output, base))
-            self._changed(self.states, False)
+            if self.states[run.name] == "elsewhere":
+                self.states[run.name] = state(self._output, run)
+                self._changed(self.states, False)
+            if self.states[run.name] == "done" or not free:
+                continue
+            base = self._base(run, bases)
+            if base is not None:
+                free -= 1
+                self.states[run.name] = "running"
+                self._active.append(Process(run, self._output, base))
+                self._changed(self.states, False)
 
-    def _base(self, run: Run) -> str:
-        """A run whose base step can be taken over, "" for its own, or "wait"."""
-        if finished_steps(self._output / workdir(run.name)):
+    def _base(self, run: Run, bases: dict[str, str]) -> str | None:
+        """A run whose base step can be taken over, "" for its own, None to wait."""
+        if self._bases.has_step(run.name):
             return ""
-        for folder in sorted((self._output / "runs").iterdir()):
-            results = read(folder)
-            if results and results["steps"] and results["base_hash"] == run.base_hash:
-                return folder.name
+        if run.base_hash in bases:
+            return bases[run.base_hash]
         same = [other for other in self._runs if other.base_hash == run.base_hash]
-        busy = any(self.states[other.name] == "running" for other in same)
-        return "wait" if busy else ""
+        busy = any(self.states[o.name] in ("running", "elsewhere") for o in same)
+        return None if busy else ""
+
+    def _count(self, process: Process) -> int:
+        """Notes how far a process is; returns what it has done itself."""
+        name, now = process.run.name, process.updates()
+        if now:
+            self._updates[name] = now
+        return (now - process.first) * process.run.pixels
 
     def _done(self) -> int:
-        """Updates of finished and running runs; a shared base step counts once."""
-        active = {process.run.name: process.updates() for process in self._active}
+        """The cost of what is done of all but failed runs; a base step counts once."""
         done, bases = 0, set()
         for run in self._runs:
-            if self.states[run.name] == "done":
-                own = run.updates
-            else:
-                own = min(active.get(run.name, 0), run.updates)
+            if self.states[run.name] == "failed":
+                continue
+            own = min(self._updates.get(run.name, 0), run.updates)
+            own = run.updates if self.states[run.name] == "done" else own
             if own and run.base_hash in bases:
                 own = max(0, own - run.base_updates)
             elif own:
                 bases.add(run.base_hash)
-            done += own
+            done += own * run.pixels
         return done
 
     def progress(self) -> str:
         """A line: runs done, share of the updates, time left at the pace so far."""
-        groups = tables.by_base_step(self._runs)
-        total, done = sum(map(tables.cost, groups)), self._done()
+        advanced = self._advanced + sum(map(self._count, self._active))
+        alive = [run for run in self._runs if self.states[run.name] != "failed"]
+        total, done = sum(map(tables.cost, tables.by_base_step(alive))), self._done()
         finished = sum(state == "done" for state in self.states.values())
-        line = f"{finished}/{len(self._runs)} runs, {100 * done / total:.1f} %"
-        now = [f"{p.run.name} at {p.updates()}/{p.run.updates}" for p in self._active]
-        advanced = done - self._done_before
+        line = f"{finished}/{len(self._runs)} runs, {100 * done / max(1, total):.1f} %"
+        if failed := len(self._runs) - len(alive):
+            line += f", {failed} failed"
         if advanced > 0:
             seconds = (time.monotonic() - self._began) * (total - done) / advanced
             line += f", about {seconds / 3600:.1f} h left"
+        now = [
+            f"{p.run.name} at {self._updates.get(p.run.name, 0)}/{p.run.updates}"
+            for p in self._active
+        ]
         return ", ".join([line, *now])
+
+
+class BaseSteps:
+    """The finished base steps in a folder of runs, by hash; files are read once."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        """Reads nothing yet."""
+        self._folder = folder
+        self._known: dict[str, tuple[tuple[int, int], str]] = {}
+
+    def scan(self) -> dict[str, str]:
+        """A run's name for each base hash that has a checkpoint to start from."""
+        found: dict[str, str] = {}
+        for folder in sorted(self._folder.iterdir()):
+            key = self._read(folder)
+            if key and any((folder / "checkpoints").glob("*")):
+                found.setdefault(key, folder.name)
+        return found
+
+    def has_step(self, name: str) -> bool:
+        """Whether a run has finished a step itself; as of the last scan."""
+        return bool(self._known.get(name, ((0, 0), ""))[1])
+
+    def _read(self, folder: pathlib.Path) -> str:
+        """The base hash of a run with a finished step, else ""."""
+        try:
+            stat = (folder / results_file.FILE_NAME).stat()
+            stamp = stat.st_mtime_ns, stat.st_size
+            if self._known.get(folder.name, ((0, 0), ""))[0] != stamp:
+                results = results_file.read(folder)
+                key = results["base_hash"] if results["steps"] else ""
+                self._known[folder.name] = stamp, key
+        except (OSError, UserError):  # none, or not a run's
+            return ""
+        return self._known[folder.name][1]
 
 
 def state(output: pathlib.Path, run: Run) -> str:
@@ -222,49 +242,16 @@ def state(output: pathlib.Path, run: Run) -> str:
     if results is None:
         return "to do"
     if results["config_hash"] != run.config_hash:
+        changed = differences(results["config"], dict(run.config))
         raise UserError(
-            f"{folder} holds a run of another configuration: give another --output"
+            f"{folder} holds a run of another configuration ({changed}): "
+            "give another --output"
         )
     return "done" if results["status"] == "done" else "to do"
 
 
-def read(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read(folder: pathlib.Path) -> dict[str, Any] | None:
     """The results of a run, None before its first finished step."""
-    if not (workdir / results_file.FILE_NAME).exists():
+    if not (folder / results_file.FILE_NAME).exists():
         return None
-    return results_file.read(workdir)
-
-
-def finished_steps(workdir: pathlib.Path) -> int:
-    """Steps that a run has finished."""
-    results = read(workdir)
-    return len(results["steps"]) if results else 0
-
-
-def write_manifest(
-    output: pathlib.Path,
-    protocol: str,
-    cells: Sequence[Cell],
-    states: dict[str, str],
-) -> None:
-    """Writes OUTPUT/manifest.json, from which the report page is made.
-
-    {"schema": 1, "protocol": "full" or "reduced: ...", "cells": [{"table", "row",
-    "column", "missing", "runs": [{"name", "seed", "workdir", "command", "status"}]}]}
-    """
-    found = []
-    for cell in cells:
-        runs = [
-            {
-                "name": run.name,
-                "seed": run.seed,
-                "workdir": workdir(run.name),
-                "command": tables.shown_command(run),
-                "status": states.get(run.name, "to do"),
-            }
-            for run in cell.runs
-        ]
-        found.append({**cell._asdict(), "runs": runs})
-    manifest = {"schema": 1, "protocol": protocol, "cells": found}
-    text = json.dumps(manifest, indent=1) + "\n"
-    results_file.replace(epath.Path(output) / "manifest.json", text)
+    return results_file.read(folder)

@@ -21,7 +21,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
     config.model.head, config.model.proxies = "local_similarity", 10
     config.terms = ConfigDict(
         {
-            "nca": {"weight": 1.0, "margin": 0.6, "exact": False},
+            "nca": {"weight": 1.0, "margin": 0.6, "exact": False, "rescale": False},
             "pod_spatial": {"weight": "sqrt(seen/new)", "factor": 3.0},
             "pod_flat": {"weight": "sqrt(seen/new)", "factor": 1.0},
         }

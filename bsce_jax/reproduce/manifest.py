@@ -1,0 +1,94 @@
+"""The list of cells and their runs from which the report page is made."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from bsce_jax import startup
+from bsce_jax.errors import UserError
+from bsce_jax.report import results as results_file
+from bsce_jax.reproduce import cells as tables
+from bsce_jax.reproduce.cells import Cell
+from bsce_jax.reproduce.process import workdir
+
+NAME = "manifest.json"
+
+
+def write(
+    output: pathlib.Path,
+    protocol: str,
+    cells: Sequence[Cell],
+    states: Mapping[str, str],
+) -> None:
+    """Writes OUTPUT/manifest.json; cells of earlier commands stay.
+
+    {"schema": 1, "protocol": "full" or "reduced: ...", "cells": [{"table", "row",
+    "column", "missing", "runs": [{"name", "seed", "workdir", "command", "status"}]}]}
+
+    Args:
+      output: folder of the runs.
+      protocol: of the runs; earlier cells stay if theirs is the same.
+      cells: those of this command.
+      states: of the runs of this process by name; others' are read from the disk.
+    """
+    before = _cells_before(output, protocol)
+    found = {}
+    for cell in cells:
+        runs = [
+            {
+                "name": run.name,
+                "seed": run.seed,
+                "workdir": workdir(run.name),
+                "command": tables.shown_command(run),
+                "status": "to do",
+            }
+            for run in cell.runs
+        ]
+        found[cell.table, cell.row, cell.column] = {**cell._asdict(), "runs": runs}
+    known = {run["name"]: run["status"] for run in _runs(before.values())}
+    everything = before | found
+    for run in _runs(everything.values()):
+        name = run["name"]
+        run["status"] = states.get(name) or _status(output, name, known.get(name))
+        if run["status"] == "elsewhere":
+            run["status"] = "running"
+    by_table = sorted(everything, key=lambda key: key[0])  # stable: rows stay in order
+    manifest = {
+        "schema": 1,
+        "protocol": protocol,
+        "cells": [everything[key] for key in by_table],
+    }
+    text = json.dumps(manifest, indent=1) + "\n"
+    results_file.replace(epath.Path(output) / NAME, text, shared=True)
+
+
+def _cells_before(output: pathlib.Path, protocol: str) -> dict[tuple[str, ...], Any]:
+    """The cells of an earlier manifest of this protocol, by table, row and column."""
+    try:
+        manifest = json.loads((output / NAME).read_text())
+        if manifest["protocol"] != protocol:
+            return {}
+        cells = manifest["cells"]
+        return {(c["table"], c["row"], c["column"]): c for c in cells}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # none, or not a manifest: this one takes its place
+
+
+def _runs(cells: Any) -> list[dict[str, Any]]:
+    return [run for cell in cells for run in cell["runs"]]
+
+
+def _status(output: pathlib.Path, name: str, before: str | None) -> str:
+    """The status of another process's run: only a failure is nowhere on the disk."""
+    folder = output / workdir(name)
+    if startup.in_use(folder):
+        return "running"
+    try:
+        if results_file.read(folder)["status"] == "done":
+            return "done"
+    except UserError:  # none yet, or broken
+        pass
+    return "failed" if before == "failed" else "to do"
