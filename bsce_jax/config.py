@@ -351,10 +351,11 @@ def digest(values: Any) -> str:
 
 def config_hash(config: ConfigDict) -> str:
     """Identifies all fields that can change the results."""
-    return digest({n: v for n, v in flatten(config).items() if _is_hashed(n)})
+    return digest({n: v for n, v in flatten(config).items() if is_hashed(n)})
 
 
-def _is_hashed(name: str) -> bool:
+def is_hashed(name: str) -> bool:
+    """Whether a field, by its dotted name, can change the results."""
     return not any(name == n or name.startswith(n + ".") for n in NOT_HASHED)
 
 
@@ -363,7 +364,7 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     names = sorted(
         name
         for name in theirs.keys() | ours.keys()
-        if _is_hashed(name) and theirs.get(name) != ours.get(name)
+        if is_hashed(name) and theirs.get(name) != ours.get(name)
     )
     shown = [f"{n}: {theirs.get(n)!r} there, {ours.get(n)!r} here" for n in names[:3]]
     more = f", and {len(names) - 3} more" if len(names) > 3 else ""

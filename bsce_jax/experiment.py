@@ -82,7 +82,7 @@ def _steps(run: Run, stop: startup.StopSignal) -> None:
     for step in range(progress.step + progress.finished, len(run.dataset.groups)):
         if step > progress.step:
             progress = begin(run, progress, step)
-        run.monitor.begin_step()
+        run.monitor.begin_step(progress.seconds)
         if progress.main is None:
             train(run, progress, stop)
         if planning.has_finetuning(run.config, run.dataset, step):

@@ -29,6 +29,7 @@ class Monitor:
         self._environment = telemetry.environment()
         self._compiles = telemetry.compile_counter()
         self._started = self._step_started = time.time()
+        self._earlier = 0.0
         self._first_update: float | None = None
         self._images, self._training, self._done = 0, 0.0, 0
         self._last_call: float | None = None
@@ -43,10 +44,14 @@ class Monitor:
         )
         self._timeline = telemetry.Timeline(self._workdir / "tensorboard", update)
 
-    def begin_step(self) -> None:
-        """Starts the clocks of a step."""
+    def begin_step(self, seconds: float = 0.0) -> None:
+        """Starts the clocks of a step, on which `seconds` were spent before."""
         self._step_started, self._images, self._training = time.time(), 0, 0.0
-        self._last_call = None
+        self._earlier, self._last_call = seconds, None
+
+    def step_seconds(self) -> float:
+        """Wall clock of the step, of earlier processes up to their checkpoint too."""
+        return self._earlier + time.time() - self._step_started
 
     def trained(self, plan: Plan, history: History, before: int, images: int) -> None:
         """Takes note of a finished call.
@@ -114,7 +119,7 @@ class Monitor:
         rate = self._images / self._training if self._training else None
         first = self._first_update
         return {
-            "seconds": now - self._step_started,
+            "seconds": self.step_seconds(),
             "images_per_second": rate,
             "seconds_to_first_update": first and first - self._started,
             "started": self._started,

@@ -60,6 +60,7 @@ class Progress:
       teacher: {"params", "batch_stats"} of the step before (of the initial network
         in the base step, where nothing reads it).
       ranking: int32 [C, M], exemplars of each class in order of choice.
+      seconds: of wall clock that earlier processes spent on the step.
     """
 
     step: int
@@ -70,6 +71,7 @@ class Progress:
     state: TrainState
     teacher: PyTree
     ranking: np.ndarray
+    seconds: float = 0.0
 
 
 def initial(run: Run) -> Progress:
@@ -124,6 +126,7 @@ def save(run: Run, progress: Progress, finished: bool) -> None:
         "before": progress.before,
         "main": progress.main and dataclasses.asdict(progress.main),
         "history": dataclasses.asdict(progress.history),
+        "seconds": run.monitor.step_seconds(),
         "results": run.results,
     }
     run.writer.save(
@@ -178,6 +181,7 @@ def restore(run: Run) -> Progress:
         state=parallel.replicate(place, found.arrays["state"]),
         teacher=parallel.replicate(place, found.arrays["teacher"]),
         ranking=found.arrays["ranking"],
+        seconds=found.meta["seconds"],
     )
     logger.info(
         "continuing in step %d after its update %d",

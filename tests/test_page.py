@@ -308,14 +308,18 @@ def test_csv_parses_back() -> None:
     numbers = [float(done[key]) for key in ("paper", "ours", "difference", "deviation")]
     assert numbers == pytest.approx([60.0, 61.3, 1.3, 2.17**0.5], abs=1e-4)
     assert (done["seeds_done"], done["seeds_planned"], done["state"]) == ("3", "3", "")
-    assert done["runs"] == "r0 r1 r2" and done["protocol"] == REDUCED
+    assert done["runs"] == "r0; r1; r2" and done["protocol"] == REDUCED
+    assert done["values"] == "60.0000; 61.0000; 62.9000"
+    assert done["seconds"].count("; ") == done["images_per_second"].count("; ") == 2
+    assert done["commands"].count("python -m bsce_jax.main") == 3
+    assert found["b", "five"]["values"].endswith("; -")  # one run has nothing yet
     assert done["row_label"] == table().rows[0].label
     assert found["b", "ten"]["state"] == f"no {SCRIPT} here"
     assert found["b", "ten"]["ours"] == found["a", "ten"]["paper"] == ""
 
 
 def test_markdown_tables_have_as_many_columns_in_every_row() -> None:
-    text = page_text.markdown(build())
+    text = render().markdown
     blocks = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
     assert len(blocks) == 2
     for block in blocks:
@@ -326,6 +330,8 @@ def test_markdown_tables_have_as_many_columns_in_every_row() -> None:
     assert r"* [b] no \<script\>alert(1)\</script\> here" in text
     assert r"| B\|C (reported) |" in text
     assert "    python -m bsce_jax.main --config" in text
+    assert "Top-1 accuracy after each step (and number of classes). " in text
+    assert re.search(r"^\* r1: .*\bseed = 1\b", text, flags=re.MULTILINE)
 
 
 # files
@@ -386,3 +392,43 @@ def test_sweeps_and_pictures_of_the_papers_tables(tmp_path: pathlib.Path) -> Non
     epsilon = next(text for text in texts if "ε = 0.2 %" in text)
     assert "PODNet" not in epsilon
     assert (tmp_path / "report.html").stat().st_size < 3e6
+
+
+def test_one_unreadable_file_does_not_cost_the_page(tmp_path: pathlib.Path) -> None:
+    for name in ("good", "bad"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        results.write(tmp_path / "runs" / name, make_run(steps=2, base=4, average=63.0))
+    (tmp_path / "runs/bad/results.json").write_text('{"schema"')
+    given = [
+        cell("table6/balanced/average", [entry("good")]),
+        cell("table6/meta/average", [entry("bad")]),
+    ]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest(given)))
+    page.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "**63.00** (1 seed)" in text and "unreadable results" in text
+
+
+def test_a_run_counts_once_whatever_seeds_it_is_said_to_be_of() -> None:
+    given = manifest([cell("table1/a/five", [entry("r", seed=s) for s in (0, 1, 2)])])
+    found = {"runs/r": make_run(average=60.0, steps=2, base=4)}
+    report = cells.build(given, found, {"table1": table()})
+    done = report.sections[0].cells["a", "five"]
+    assert (done.values, done.deviation) == ([60.0], None)
+
+
+def test_test_images_that_were_skipped_are_told() -> None:
+    given, found = small()
+    found["runs/r1"]["steps"][-1]["telemetry"]["skipped_test_images"] = 7
+    made = page.render(given, found, {"table1": table()}, {"seed": 0})
+    assert "(some test images skipped)" in made.markdown
+    assert "done, 7 test images skipped" in made.html
+
+
+def test_runs_that_no_program_wrote_are_no_crash() -> None:
+    given, found = small()
+    found["runs/r0"]["steps"] = []
+    page.render(given, found, {"table1": table()}, {"seed": 0})
+    given["cells"][0]["table"] = ["table1"]
+    with pytest.raises(UserError, match="expected text"):
+        cells.workdirs(given)

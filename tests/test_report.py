@@ -478,6 +478,13 @@ def test_command_end_to_end(tmp_path: pathlib.Path) -> None:
     assert failed.stderr.startswith("error: nowhere/results.json does not exist")
     assert failed.stderr.count("\n") == 1
 
+    (tmp_path / "other").mkdir()
+    done = run_python("-m", "bsce_jax.report", "run0", "other", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == "left out: no results.json in other\n"
+    failed = run_python("-m", "bsce_jax.report", "other", cwd=tmp_path)
+    assert failed.returncode == 2 and "other/results.json" in failed.stderr
+
 
 def test_command_on_one_workdir(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]

@@ -463,3 +463,22 @@ def test_a_relative_data_dir_is_one_of_the_callers_folder(monkeypatch, tmp_path)
     )
     assert process.absolute("gs://bucket/data") == "gs://bucket/data"
     assert process.absolute("here") == str(tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "full"),
+        (["--config.log_seconds=60", "--config.checkpoint.minutes=5.0"], "full"),
+        (["--config.deterministic=True", "--config.parallel=pmap"], "full"),
+        (["--config.optim.epochs=9"], "reduced: optim.epochs=9"),
+        (
+            ["--file", "cifar100=digits", "--config.optim.milestones=(10, 20)"],
+            "reduced: configs/digits.py for configs/cifar100.py; "
+            "optim.milestones=(10, 20)",
+        ),
+    ],
+)
+def test_the_protocol_is_told_as_it_is(flags, expected):
+    options = command.parse(["--table=5", *flags])
+    assert command.protocol(command.choose(options)) == expected

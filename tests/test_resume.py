@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from bsce_jax import checkpoint
 from bsce_jax.report import results as results_file
 from tests import runs
 
@@ -108,8 +109,13 @@ def test_sigterm_saves_and_the_run_goes_on(config, undisturbed):
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert re.search(r"stopped in step \d after update \d+; saved", errors)
+    number = checkpoint.numbers(workdir / "checkpoints")[-1]
+    before = checkpoint.read_meta(workdir / "checkpoints", number)
     runs.run(config, workdir, *PRIOR)
     assert deterministic(workdir) == deterministic(undisturbed)
+    times = runs.results(workdir)["steps"][before["step"]]["telemetry"]
+    last_process = times["finished"] - times["started"]  # it began in this step
+    assert before["seconds"] < times["seconds"] < before["seconds"] + last_process
 
 
 def test_a_full_disk_ends_the_run_with_a_line(config):

@@ -1,5 +1,7 @@
 """Speed, machine and configuration of runs, as the report shows them."""
 
+import math
+
 from bsce_jax.report import run_facts
 from tests.example_page import make_run
 
@@ -17,12 +19,35 @@ def test_facts_of_a_run() -> None:
     for record in run["steps"]:
         record["telemetry"] = odd
     empty = run_facts.Environment("", "", ())
-    assert run_facts.facts(run) == run_facts.Facts(None, None, empty)
+    assert run_facts.facts(run) == run_facts.Facts(None, None, "", 0, empty)
+    assert run_facts.wall_time(run_facts.facts(run)) == "–"
+    for record in run["steps"]:
+        record["telemetry"] = {"seconds": math.nan, "images_per_second": math.inf}
+    assert run_facts.facts(run) == run_facts.Facts(None, None, "", 0, empty)
+
+
+def test_a_base_step_of_another_run_and_skipped_images_are_told() -> None:
+    run = make_run(steps=1, base=4)
+    assert run_facts.wall_time(run_facts.facts(run)).endswith(" min")
+    run["config"]["init_from"] = "runs/first-seed0"
+    run["steps"][0]["telemetry"]["skipped_test_images"] = 2
+    run["steps"][1]["telemetry"]["skipped_test_images"] = 3
+    facts = run_facts.facts(run)
+    assert (facts.base_from, facts.skipped) == ("first-seed0", 3)
+    assert run_facts.wall_time(facts).endswith(" min + base step")
 
 
 def test_fields_that_differ_from_the_defaults_come_first() -> None:
     runs = [
-        {"config": {"seed": seed, "prior": "meta", "name": "", "new": [1]}}
+        {
+            "config": {
+                "seed": seed,
+                "prior": "meta",
+                "name": "",
+                "new": [1],
+                "init_from": "x",
+            }
+        }
         for seed in (0, 1)
     ]
     changed, rest = run_facts.fields(runs, {"seed": 0, "prior": "none", "name": ""})

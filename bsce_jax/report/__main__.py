@@ -43,10 +43,10 @@ def report(
     """Prints the tables of runs; writes curves.png, confusion.png and alpha.png.
 
     Raises:
-      UserError: a workdir has no valid results, or none has a finished step, or the
-        output cannot be written.
+      UserError: a workdir's results are not valid, or none has a finished step, or
+        the output cannot be written.
     """
-    runs = [results.read(workdir) for workdir in workdirs]
+    runs = [results.read(workdir) for workdir in _with_results(workdirs)]
     if len(runs) == 1:
         print(tables.step_table(runs[0], markdown), end="\n\n")
     print(tables.comparison(runs, markdown))
@@ -60,6 +60,20 @@ def report(
         plots.alpha_curve(runs, folder / "alpha.png")
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def _with_results(workdirs: Sequence[epath.PathLike]) -> Sequence[epath.PathLike]:
+    """Those that are runs, of the folders that a pattern may have caught."""
+    others = [
+        workdir
+        for workdir in map(epath.Path, workdirs)
+        if workdir.is_dir() and not (workdir / results.FILE_NAME).exists()
+    ]
+    if len(others) == len(workdirs):
+        return workdirs  # whose first will be refused
+    for workdir in others:
+        print(f"left out: no {results.FILE_NAME} in {workdir}", file=sys.stderr)
+    return [workdir for workdir in workdirs if epath.Path(workdir) not in others]
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bsce_jax.errors import UserError
 from bsce_jax.report import tables
+from bsce_jax.report.run_facts import facts
 
 if TYPE_CHECKING:
     from bsce_jax.report.published import Column, Row, Table
@@ -32,6 +33,11 @@ class Run(NamedTuple):
     def done(self) -> bool:
         """Whether it is finished, which its own results know best."""
         return self.results is not None and self.results["status"] == "done"
+
+    @property
+    def skipped(self) -> int:
+        """Test images that could not be read, in the step with most of them."""
+        return 0 if self.results is None else facts(self.results).skipped
 
 
 class Cell(NamedTuple):
@@ -77,7 +83,9 @@ class Cell(NamedTuple):
             return self.missing
         left = [run for run in self.runs if not run.done]
         if not left:
-            return "" if self.values else "not measured"
+            skipped = any(run.skipped for run in self.runs)
+            complete = "some test images skipped" if skipped else ""
+            return complete if self.values else "not measured"
         if self.values:
             return f"{len(self.values)} of {len(self.runs)} seeds"
         # A run that calls itself done without being so was cut off.
@@ -141,7 +149,8 @@ def workdirs(manifest: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     try:
         for cell in manifest["cells"]:
-            cell["table"], cell["row"], cell["column"]
+            if not all(isinstance(cell[k], str) for k in ("table", "row", "column")):
+                raise TypeError("table, row and column: expected text")
             found |= {run["workdir"]: run["status"] for run in cell["runs"]}
     except KeyError as error:
         raise UserError(f"manifest: a cell or a run has no {error}") from None
@@ -207,7 +216,7 @@ def labelled(section: Section, columns: Sequence["Column"]) -> list[Results]:
         name = f"{row.label} ({row.key})" if twice else row.label
         for column in columns:
             for run in section.cells[row.key, column.key].runs:
-                if run.results is not None and run.done:
+                if run.results is not None and run.done and run.results["steps"]:
                     named[run.workdir] = {**run.results, "name": name}
     tables.groups(list(named.values()))  # refuses what cannot be drawn together
     return list(named.values())
@@ -241,7 +250,9 @@ def _section(
     for row in table.rows:
         for column in table.columns:
             entry = given.get((table.key, row.key, column.key), {})
-            runs = tuple(_run(run, results) for run in entry.get("runs", ()))
+            # A run counts once, whatever seeds it is said to be of.
+            distinct = {run["workdir"]: run for run in entry.get("runs", ())}
+            runs = tuple(_run(run, results) for run in distinct.values())
             missing = "" if runs else entry.get("missing") or "not asked for"
             cells[row.key, column.key] = Cell(row, column, missing, runs)
     return Section(table, cells)

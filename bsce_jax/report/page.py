@@ -50,9 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write(output: epath.PathLike) -> None:
     """Writes OUTPUT/report.html, report.md and report.csv, each replaced at once.
 
+    A run whose results are not valid is shown as such.
+
     Raises:
-      UserError: there is no valid manifest, a run's results are not valid, or a file
-        cannot be written.
+      UserError: there is no valid manifest, or a file cannot be written.
     """
     from bsce_jax.config import flatten
     from bsce_jax.defaults import default_config
@@ -60,10 +61,17 @@ def write(output: epath.PathLike) -> None:
 
     folder = epath.Path(output)
     manifest = _manifest(folder / "manifest.json")
-    found = {}
+    found: dict[str, Any] = {}
+    broken = set()
     for workdir in cells.workdirs(manifest):
-        if (folder / workdir / results.FILE_NAME).exists():
-            found[workdir] = results.read(folder / workdir)
+        try:
+            if (folder / workdir / results.FILE_NAME).exists():
+                found[workdir] = results.read(folder / workdir)
+        except UserError:
+            broken.add(workdir)  # one file must not cost the page
+    for run in [run for cell in manifest["cells"] for run in cell["runs"]]:
+        if run["workdir"] in broken:
+            run["status"] = "unreadable results"
     page = render(manifest, found, published.load(), flatten(default_config()))
     for name, text in zip(("html", "md", "csv"), page, strict=True):
         results.replace(folder / f"report.{name}", text, shared=True)
@@ -95,7 +103,7 @@ def render(
     css = resources.files(__package__).joinpath("page.css").read_text("utf-8")
     return Page(
         page_html.document(report, shown, defaults, css),
-        page_text.markdown(report),
+        page_text.markdown(report, shown, defaults),
         page_text.csv_table(report),
     )
 

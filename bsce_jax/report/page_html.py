@@ -90,7 +90,7 @@ def _header(report: Report) -> Html:
         warning = tag(
             "p",
             tag("strong", "Not comparable with the paper. "),
-            "These runs follow a protocol that is cut short. ",
+            "These runs follow another protocol. ",
             tag("strong", report.protocol),
             class_="warning",
             role="note",

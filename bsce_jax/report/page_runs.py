@@ -9,11 +9,11 @@ from bsce_jax.report.run_facts import (
     Environment,
     Facts,
     Field,
-    duration,
     facts,
     fields,
     rate,
     short_commit,
+    wall_time,
 )
 
 
@@ -63,8 +63,9 @@ def section(runs: Sequence[Run]) -> Html:
         tag("h2", tag("span", "Runs"), id="runs-title"),
         tag(
             "p",
-            "Images/s in training, the median over the steps; wall time of all steps, "
-            "evaluation and compilation included.",
+            "Images/s in training, the median over the steps; wall time of the steps, "
+            "evaluation and compilation included, + base step where that was taken "
+            "over from another run.",
         ),
         tag(
             "div",
@@ -82,6 +83,8 @@ def section(runs: Sequence[Run]) -> Html:
 
 def state(run: Run) -> str:
     """Status of a run in a word."""
+    if run.done and run.skipped:
+        return f"done, {run.skipped} test images skipped"
     if run.done:
         return "done"
     return "unfinished" if run.status == "done" else run.status
@@ -114,7 +117,7 @@ def _row(
     if known is None:
         cells += [tag("td", "–")] * 4
     else:
-        speed, seconds = known.images_per_second, known.seconds
+        speed = known.images_per_second
         place = known.environment
         number = environments.get(place)
         where = f"{number}" if number else "–"
@@ -122,7 +125,7 @@ def _row(
             where += f" ({short_commit(place.commit)})"
         cells += [
             tag("td", "–" if speed is None else rate(speed)),
-            tag("td", "–" if seconds is None else duration(seconds)),
+            tag("td", wall_time(known)),
             tag("td", place.device or "–", class_="text"),
             tag("td", where, class_="text"),
         ]
@@ -135,7 +138,6 @@ def _seeds(cell: Cell) -> Html:
         found = value(run, cell.column.metric)
         known = None if run.results is None else facts(run.results)
         speed = known and known.images_per_second
-        seconds = known and known.seconds
         rows.append(
             tag(
                 "tr",
@@ -143,7 +145,7 @@ def _seeds(cell: Cell) -> Html:
                 tag("td", _progress(run)),
                 tag("td", "–" if found is None else f"{found:.2f}"),
                 tag("td", "–" if speed is None else rate(speed)),
-                tag("td", "–" if seconds is None else duration(seconds)),
+                tag("td", "–" if known is None else wall_time(known)),
             )
         )
     names = ("seed", "status", "accuracy", "images/s", "wall time")

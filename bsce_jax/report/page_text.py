@@ -3,22 +3,37 @@
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from bsce_jax.report.cells import NEAR, Cell, Report, Run, Section
+from bsce_jax.report.cells import NEAR, Cell, Report, Run, Section, value
 from bsce_jax.report.page_html import PAPER, difference, near, summary
 from bsce_jax.report.page_runs import state
-from bsce_jax.report.run_facts import duration, facts, rate
+from bsce_jax.report.run_facts import facts, fields, rate, wall_time
+
+if TYPE_CHECKING:
+    from bsce_jax.report.pictures import Picture
 
 CSV_FIELDS = (
     "protocol", "table", "row", "column", "row_label", "column_label", "metric",
     "origin", "paper", "ours", "difference", "deviation", "seeds_done",
-    "seeds_planned", "state", "runs",
+    "seeds_planned", "state", "runs", "values", "images_per_second", "seconds",
+    "commands",
 )  # fmt: skip
 
 
-def markdown(report: Report) -> str:
-    """The tables, the runs and their commands; the pictures are on the HTML page."""
+def markdown(
+    report: Report,
+    pictures: Mapping[str, Sequence["Picture"]],
+    defaults: Mapping[str, Any],
+) -> str:
+    """The tables, what the pictures of the HTML page say, and the runs.
+
+    Args:
+      report: what was published and what was run.
+      pictures: of each table, by key.
+      defaults: of a configuration's fields, by dotted name.
+    """
     parts = [
         "# Balanced Softmax for incremental learning: results",
         "The tables and figures of Jodelet, Liu and Murata, "
@@ -33,12 +48,19 @@ def markdown(report: Report) -> str:
     parts.append(summary(report))
     for section in report.sections:
         parts += _section(section, report.reduced)
+        shown = pictures.get(section.table.key, ())
+        parts += [f"{_escaped(p.caption)}: {_escaped(p.text)}" for p in shown]
     parts += ["## Runs", _runs(report.runs), "## Commands", _commands(report.runs)]
+    parts += ["## Fields that differ from the default", _fields(report.runs, defaults)]
     return "\n\n".join(parts) + "\n"
 
 
 def csv_table(report: Report) -> str:
-    """One line a cell; empty where there is no number."""
+    """One line a cell; empty where there is no number.
+
+    Of several runs the names, values, images/s, seconds and commands are separated by
+    "; ", in the same order; a run without one has "-".
+    """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, CSV_FIELDS, lineterminator="\n")
     writer.writeheader()
@@ -61,10 +83,30 @@ def csv_table(report: Report) -> str:
                     "seeds_done": len(cell.values),
                     "seeds_planned": len(cell.runs),
                     "state": cell.state,
-                    "runs": " ".join(run.name for run in cell.runs),
+                    "runs": _several(run.name for run in cell.runs),
+                    "commands": _several(run.command for run in cell.runs),
+                    **_of_runs(cell),
                 }
             )
     return buffer.getvalue()
+
+
+def _of_runs(cell: Cell) -> dict[str, str]:
+    """What each run of a cell has, or "-"."""
+    known = [None if r.results is None else facts(r.results) for r in cell.runs]
+    found = {
+        "values": [value(run, cell.column.metric) for run in cell.runs],
+        "images_per_second": [k and k.images_per_second for k in known],
+        "seconds": [k and k.seconds for k in known],
+    }
+    return {
+        name: _several("-" if v is None else f"{v:.4f}" for v in values)
+        for name, values in found.items()
+    }
+
+
+def _several(texts: Iterable[str]) -> str:
+    return "; ".join(texts)
 
 
 def _section(section: Section, reduced: bool) -> list[str]:
@@ -109,12 +151,12 @@ def _runs(runs: Sequence[Run]) -> str:
         if known is None:
             line += ["–"] * 5
         else:
-            speed, seconds = known.images_per_second, known.seconds
+            speed = known.images_per_second
             place = known.environment
             versions = ", ".join(" ".join(pair) for pair in place.versions)
             line += [
                 "–" if speed is None else rate(speed),
-                "–" if seconds is None else duration(seconds),
+                wall_time(known),
                 _escaped(place.device) or "–",
                 _escaped(place.commit) or "–",
                 _escaped(versions) or "–",
@@ -127,6 +169,16 @@ def _runs(runs: Sequence[Run]) -> str:
 def _commands(runs: Iterable[Run]) -> str:
     # An indented block, which no content can end; a command is one line.
     lines = [f"    {' '.join(run.command.split())}" for run in runs if run.command]
+    return "\n".join(lines) if lines else "None."
+
+
+def _fields(runs: Iterable[Run], defaults: Mapping[str, Any]) -> str:
+    lines = []
+    for run in runs:
+        if run.results is not None:
+            changed, _ = fields([run.results], defaults)
+            shown = ", ".join(f"{field.name} = {field.value}" for field in changed)
+            lines.append(f"* {_escaped(run.name)}: {_escaped(shown)}")
     return "\n".join(lines) if lines else "None."
 
 

@@ -70,16 +70,12 @@ def _curves(runs: Sequence[Results], where: str) -> Picture:
     runs = [{**run, "summary": {**run["summary"], _NEAREST: None}} for run in runs]
     lines = []
     for label, group in tables.groups(runs).items():
-        ends = [group[0]["steps"][0]["result"], group[0]["steps"][-1]["result"]]
-        first, last = (
-            np.mean([run["steps"][index]["result"]["top1"] for run in group])
-            for index in (0, -1)
-        )
-        lines.append(
-            f"{label}: {first:.1f} % on {ends[0]['num_seen']} classes, "
-            f"{last:.1f} % on {ends[1]['num_seen']}"
-        )
-    text = "Top-1 accuracy after each step. " + "; ".join(lines)
+        classes = tables.classes_seen(group[0])
+        values = [[r["result"]["top1"] for r in run["steps"]] for run in group]
+        steps = zip(np.mean(values, axis=0), classes, strict=True)
+        shown = ", ".join(f"{mean:.1f} ({seen})" for mean, seen in steps)
+        lines.append(f"{label}: {shown}")
+    text = "Top-1 accuracy after each step (and number of classes). " + "; ".join(lines)
     return _picture(
         f"Accuracy after each step{where}",
         text,
@@ -103,13 +99,13 @@ def _alpha(runs: Sequence[Results], where: str) -> Picture:
     lines = []
     for label, group in tables.groups(runs).items():
         ends = [
-            f"{record['result']['alpha'][-1][1]:.3g}"
-            for record in group[0]["steps"]
-            if record["result"]["alpha"]
+            [r["result"]["alpha"][-1][1] for r in run["steps"] if r["result"]["alpha"]]
+            for run in group
         ]
-        if ends:
-            lines.append(f"{label}: {', '.join(ends)}")
-    text = "Alpha over the updates; at the end of each step. " + "; ".join(lines)
+        if all(ends):
+            means = np.mean(ends, axis=0)
+            lines.append(f"{label}: {', '.join(f'{mean:.3g}' for mean in means)}")
+    text = "Alpha over the updates; at the end of each step, mean. " + "; ".join(lines)
     return _picture(
         f"Course of α{where}", text, lambda path: plots.alpha_curve(runs, path)
     )

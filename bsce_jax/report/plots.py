@@ -2,7 +2,7 @@
 
 Figures are objects with their own Agg canvas: no pyplot, no global state, and the same
 results give the same bytes. Colours are those of Okabe and Ito, which colour-blind
-readers can tell apart; runs differ in marker and line style too.
+readers can tell apart, and a grey; runs differ in marker and line style too.
 """
 
 import io
@@ -37,8 +37,9 @@ COLORS = (
     "#E69F00",
     "#56B4E9",
     "#000000",
+    "#8C8C8C",
 )
-MARKERS = "osD^vPX"
+MARKERS = "osD^vPX*"
 LINES = ("-", "--", "-.", ":")
 MAX_CELLS = 250  # a side of a drawn confusion matrix
 LINE_COLOR = COLORS[1]  # between old and new classes: far from the blue of the counts

@@ -4,6 +4,8 @@ Telemetry is free in form: whatever is absent or of another type is left out.
 """
 
 import json
+import math
+import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +17,9 @@ class Facts(NamedTuple):
     """Of one run; None and "" where the telemetry has nothing."""
 
     images_per_second: float | None  # in training, median over the steps
-    seconds: float | None  # of wall clock, all steps
+    seconds: float | None  # of wall clock, all steps that it has trained itself
+    base_from: str  # name of the run whose base step it has taken over, or ""
+    skipped: int  # test images that could not be read, in the step with most
     environment: "Environment"
 
 
@@ -50,6 +54,8 @@ def facts(results: Results) -> Facts:
     return Facts(
         statistics.median(rates) if rates else None,
         sum(seconds) if seconds else None,
+        pathlib.PurePath(str(results["config"].get("init_from") or "")).name,
+        int(max(_numbers(records, "skipped_test_images"), default=0)),
         Environment(
             device,
             str(newest.get("commit") or ""),
@@ -63,11 +69,13 @@ def fields(
 ) -> tuple[list[Field], list[Field]]:
     """Configuration of a cell's runs: what differs from the defaults, and the rest.
 
-    A field in which the runs differ, the seed, has all their values.
+    A field in which the runs differ, the seed, has all their values. Left out is
+    init_from: it says where a base step came from that the run would have trained.
     """
     changed: list[Field] = []
     rest: list[Field] = []
     names = dict.fromkeys(name for run in runs for name in run["config"])
+    names.pop("init_from", None)
     for name in names:
         values = [run["config"].get(name) for run in runs]
         texts = list(dict.fromkeys(map(_text, values)))
@@ -86,6 +94,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {left:02} min" if hours else f"{minutes} min"
 
 
+def wall_time(known: Facts) -> str:
+    """Of the steps that a run has trained itself; a dash where it is not known."""
+    if known.seconds is None:
+        return "–"
+    return duration(known.seconds) + (" + base step" if known.base_from else "")
+
+
 def rate(images_per_second: float) -> str:
     """With a thin space between thousands."""
     return f"{images_per_second:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
@@ -99,7 +114,8 @@ def short_commit(commit: str) -> str:
 
 def _numbers(records: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     values = [record.get(name) for record in records]
-    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    numbers = [v for v in values if isinstance(v, int | float)]
+    return [v for v in numbers if math.isfinite(v) and not isinstance(v, bool)]
 
 
 def _text(value: Any) -> str:

@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterable, Sequence
 
 from bsce_jax import startup
+from bsce_jax.config import is_hashed
 from bsce_jax.errors import UserError
 from bsce_jax.reproduce import cells as tables
 from bsce_jax.reproduce import manifest, runner
 from bsce_jax.reproduce.process import absolute
 
 PAGE_SECONDS = 300.0  # least time between two versions of the report
+# Fields of how a run is computed, which do not make it another protocol.
+HOW_NOT_WHAT = ("deterministic", "parallel", "updates_per_call")
 # Fields that the runner sets itself, and what to give in their place.
 OWN_FIELDS = {
     "seed": "--seeds",
@@ -58,9 +61,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="another configuration file in place of one: cifar100=cifar100_cpu",
     )
     add("--dry_run", action="store_true", help="print the commands and stop")
-    options, rest = parser.parse_known_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse takes a flag with a space in its value for no flag.
+    rest = [flag for flag in given if flag.startswith("--config.")]
+    options = parser.parse_args([flag for flag in given if flag not in rest])
     for flag in rest:
-        if not (flag.startswith("--config.") and "=" in flag):
+        if "=" not in flag:
             parser.error(f"unexpected {flag!r}: expected --config.field=value")
     options.overrides = tuple(rest)
     if not options.table and not options.figure:
@@ -123,9 +129,15 @@ def shard(text: str) -> tuple[int, int]:
 
 def protocol(chosen: tables.Chosen) -> str:
     """How the report names what was run: "full", or what is not the paper's."""
-    cut = [f"configs/{b}.py for configs/{a}.py" for a, b in chosen.files.items()]
-    cut += [flag.removeprefix("--config.") for flag in chosen.overrides]
-    return f"reduced: {'; '.join(cut)}" if cut else "full"
+    other = [f"configs/{b}.py for configs/{a}.py" for a, b in chosen.files.items()]
+    fields = [flag.removeprefix("--config.") for flag in chosen.overrides]
+    names = [field.partition("=")[0] for field in fields]
+    other += [
+        field
+        for field, name in zip(fields, names, strict=True)
+        if is_hashed(name) and name not in HOW_NOT_WHAT
+    ]
+    return f"reduced: {'; '.join(other)}" if other else "full"
 
 
 def reproduce(options: argparse.Namespace) -> int:
