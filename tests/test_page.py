@@ -432,3 +432,16 @@ def test_runs_that_no_program_wrote_are_no_crash() -> None:
     given["cells"][0]["table"] = ["table1"]
     with pytest.raises(UserError, match="expected text"):
         cells.workdirs(given)
+
+
+def test_the_accuracy_of_figure_3_on_the_base_and_on_the_later_classes() -> None:
+    run = make_run(steps=2, base=4)
+    result = run["steps"][-1]["result"]
+    # Of the 4 classes of the base step 3 of 4 images are right, of the later 2 of 8.
+    result["confusion"] = [[0, 0, 3], [1, 0, 1], [4, 4, 2], [4, 0, 1], [5, 4, 5]]
+    of_run = cells.Run("r", 0, "runs/r", "", "done", run)
+    assert cells.value(of_run, "final_later_top1") == pytest.approx(25.0)
+    first = run["steps"][0]["result"]["top1"]
+    assert cells.value(of_run, "base_step_top1") == first
+    only = cells.Run("r", 0, "runs/r", "", "running", run | {"steps": []})
+    assert cells.value(only, "base_step_top1") is None

@@ -196,8 +196,25 @@ def build(
 
 
 def value(run: Run, metric: str) -> float | None:
-    """A number of a run's summary, None where it has none."""
-    return run.results["summary"].get(metric) if run.results is not None else None
+    """One of `published.METRICS` of a run, None where it has none."""
+    if run.results is None or not run.results["steps"]:
+        return None
+    if metric == "base_step_top1":
+        return run.results["steps"][0]["result"]["top1"]
+    if metric == "final_later_top1":
+        return _later_classes(run.results)
+    return run.results["summary"].get(metric)
+
+
+def _later_classes(results: Results) -> float | None:
+    """Accuracy after the newest step on the classes learned after the base step."""
+    base = results["steps"][0]["result"]["num_seen"]
+    confusion = results["steps"][-1]["result"].get("confusion", ())
+    later = [
+        (true == other, images) for true, other, images in confusion if true >= base
+    ]
+    total = sum(images for _, images in later)
+    return 100 * sum(images for hit, images in later if hit) / total if total else None
 
 
 def labelled(section: Section, columns: Sequence["Column"]) -> list[Results]:

@@ -17,6 +17,8 @@ METRICS = (
     "average_incremental_top5",
     "final_top1",
     "final_base_top1",
+    "base_step_top1",
+    "final_later_top1",
 )
 ORIGINS = ("authors' run", "reported from the literature")
 
