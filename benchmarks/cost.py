@@ -2,7 +2,11 @@
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
+
+import jax
+from jax._src.lib import _jax
 
 SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
@@ -21,10 +25,20 @@ def flops_and_bytes(lowered: Any, compiled: Any) -> tuple[float, float]:
       lowered: jax.stages.Lowered.
       compiled: jax.stages.Compiled, of the same.
     """
-    before, after = lowered.cost_analysis() or {}, compiled.cost_analysis() or {}
+    before, after = counted(lowered), compiled.cost_analysis() or {}
     flops = max(before.get("flops", 0.0), after.get("flops", 0.0))
     moved = after.get("bytes accessed", 0.0) + library_bytes(compiled.as_text())
     return flops, moved
+
+
+def counted(lowered: Any) -> Mapping[str, float]:
+    """XLA's counts of a program that is not compiled.
+
+    `Lowered.cost_analysis` has none where the device is a plugin's, such as CUDA's;
+    the CPU's client counts any program.
+    """
+    module = lowered.compiler_ir("hlo").as_hlo_module()
+    return _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
 
 
 def library_bytes(text: str) -> float:

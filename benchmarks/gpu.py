@@ -4,6 +4,7 @@
 
 Stages, in this order (--stages names some of them, separated by commas):
 
+    graphs   one method with more or less of an update in a CUDA graph (speed.py)
     speed    every method and prior against PyTorch, if installed (speed.py)
     meta     time and memory of the gradient of alpha (meta_gradient.py)
     seeds    several seeds at once on one device (seeds_at_once.py)
@@ -12,10 +13,11 @@ Stages, in this order (--stages names some of them, separated by commas):
 
 A stage consists of tasks, each a process of its own. The folder --output gets
 summary.json and summary.md, rewritten when a task ends, <stage>.log with all that the
-tasks print, and tasks/ with their results. Called again with the same --output it skips
-what is done and continues the runs from their checkpoints; other tasks begin again:
-where a command may only last so long, give --limit_seconds and repeat it. Exit status:
-0 all done, 1 a task failed, 3 something is left to do.
+tasks print, traces/ with profiles, and tasks/ with results. Called again with the same
+--output it skips what is done and continues the runs from their checkpoints; a task
+that was cut short begins again, but its finished rounds are in the summary. Where a
+command may only last so long, give --limit_seconds and repeat it; no task begins that
+has not a minute or two. Exit status: 0 all done, 1 a task failed, 3 something is left.
 
 --reduced does everything at a tiny size, on CPU, with the digits data.
 """
@@ -36,7 +38,16 @@ from typing import Any, NamedTuple
 import speed_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STAGES = ("speed", "meta", "seeds", "runs")
+STAGES = ("graphs", "speed", "meta", "seeds", "runs")
+# Seconds that a task of a stage must have to be worth its start.
+LEAST = {"graphs": 60, "speed": 150, "meta": 90, "seeds": 90, "runs": 120}
+# By default XLA puts neither convolutions nor loops into CUDA graphs, and a small
+# network's update is then hundreds of launches by the host.
+GRAPHS = {
+    "default": "",
+    "convolutions": "--xla_gpu_enable_command_buffer=+CONVOLUTION",
+    "whole_calls": "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE",
+}
 METHODS = ("il_baseline", "lucir", "podnet")
 DTYPES = ("bfloat16", "float32")  # float32 is TF32 on GPUs, in JAX and in PyTorch
 # Peak rates of an H100 SXM, dense; --tflops and --bandwidth give another device's.
@@ -46,27 +57,42 @@ LEFT = 3  # exit status of a task that has saved and has more to do
 
 
 class Task(NamedTuple):
-    """A process that leaves a JSON file `result` if it succeeds."""
+    """A process that leaves a JSON file `result` if it succeeds.
+
+    `xla_flags` are added to those of the environment.
+    """
 
     name: str
     stage: str
     command: list[str]
     result: pathlib.Path
+    xla_flags: str = ""
 
 
 def tasks(options: argparse.Namespace, deadline: float) -> Iterator[Task]:
     """The tasks of the chosen stages, each made when those before it have ended."""
-    pairs = [(method, dtype) for method in METHODS for dtype in DTYPES]
+    pairs = [(m, dtype) for m in options.methods for dtype in options.dtypes]
+    first = pairs[0]
     pairs = pairs[:1] if options.reduced else pairs
+    common = ["--updates_per_call", str(options.updates_per_call)]
+    for name, flag in GRAPHS.items() if "graphs" in options.stages else ():
+        flags = ["--methods", first[0], "--dtypes", first[1], *common]
+        flags += ["--priors", "balanced", "--no-startup", "--rivals", "--rounds", "3"]
+        task = script_task("graphs", name, first[1], flags, options)
+        yield task._replace(xla_flags=flag)
     for method, dtype in pairs if "speed" in options.stages else ():
         flags = ["--methods", method, "--dtypes", dtype, "--tflops", *options.tflops]
-        flags += ["--bandwidth", str(options.bandwidth)]
-        flags += ["--updates_per_call", str(options.updates_per_call)]
+        flags += ["--bandwidth", str(options.bandwidth), *common]
+        flags += ["--profile", str(options.output / "traces" / f"{method}-{dtype}")]
+        flags += ["--no-startup"] if (method, dtype) != first else []
         yield script_task("speed", method, dtype, flags, options)
-    for stage in ("meta", "seeds"):
-        for method, dtype in pairs if stage in options.stages else ():
-            flags = ["--method", method, "--dtype", dtype]
-            yield script_task(stage, method, dtype, flags, options)
+    for method, dtype in pairs if "meta" in options.stages else ():
+        flags = ["--method", method, "--dtype", dtype]
+        yield script_task("meta", method, dtype, flags, options)
+    if "seeds" in options.stages:  # one pair: each number of seeds is a program more
+        flags = ["--method", first[0], "--dtype", first[1]]
+        flags += [] if options.reduced else ["--seeds", "1", "2", "4"]
+        yield script_task("seeds", *first, flags, options)
     if "runs" in options.stages:
         yield runs_task(options, deadline)
 
@@ -95,7 +121,8 @@ def runs_task(options: argparse.Namespace, deadline: float) -> Task:
         command += ["--table", "1", "3"]
     command += ["--dataset", "cifar100", "--columns", "cifar100-5"]
     if options.limit_seconds:
-        command.append(f"--limit_seconds={max(1, deadline - time.monotonic()):.0f}")
+        left = max(LEAST["runs"], deadline - time.monotonic())
+        command.append(f"--limit_seconds={left:.0f}")
     fields = {"updates_per_call": options.updates_per_call}
     if options.dtype != "float32":  # a field that is set is a change of the protocol
         fields["model.dtype"] = options.dtype
@@ -112,14 +139,20 @@ def execute(
     """
     before, start = record["seconds"], time.monotonic()
     record |= {"status": "running", "note": "", "log": log.name}
-    record |= {"command": shlex.join(task.command), "attempts": record["attempts"] + 1}
+    command = shlex.join(task.command)
+    command = f"XLA_FLAGS={task.xla_flags} {command}" if task.xla_flags else command
+    record |= {"command": command, "attempts": record["attempts"] + 1}
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     with log.open("a") as file:
         print(f"$ {record['command']}", file=file, flush=True)
         process = subprocess.Popen(
             task.command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {task.xla_flags}",
+            },
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -146,17 +179,20 @@ def execute(
 
 def judge(task: Task, record: dict[str, Any], log: pathlib.Path) -> None:
     """Fills in the outcome of a task that has ended."""
-    if task.stage == "runs" and task.result.exists():
-        record["result"] = found_runs(task.result)
+    if task.result.exists():  # of an unfinished task, what it has found so far
+        read = found_runs if task.stage == "runs" else _json
+        record["result"] = read(task.result)
     if record["exit_status"] == 0 and task.result.exists():
-        if task.stage != "runs":
-            record["result"] = json.loads(task.result.read_text())
         record["status"] = "done"
     elif record["exit_status"] in (LEFT, -signal.SIGTERM, -signal.SIGKILL, 128 + 15):
         record["status"] = "unfinished"
     else:
         record["status"] = "failed"
         record["note"] = log.read_text(errors="replace").strip().splitlines()[-1][:300]
+
+
+def _json(file: pathlib.Path) -> Any:
+    return json.loads(file.read_text())
 
 
 def found_runs(manifest: pathlib.Path) -> dict[str, Any]:
@@ -182,13 +218,19 @@ def markdown(summary: dict[str, Any]) -> str:
     lines = ["# Results of benchmarks/gpu.py", f"`{summary['commands'][-1]}`"]
     if summary["reduced"]:
         lines.append("**Tiny sizes: the numbers mean nothing.**")
-    outcomes, speed, meta, seeds, runs, environment = [], [], [], [], [], None
+    outcomes, graphs, speed, meta, seeds, runs = [], [], [], [], [], []
+    environment = None
     for name, task in summary["tasks"].items():
         result = task.get("result", {})
         outcomes.append([name, task["status"], task["seconds"], task.get("note")])
         environment = result.get("environment", environment)
         if task["stage"] == "runs":
             runs += [[run, *facts.values()] for run, facts in result.items()]
+        elif task["stage"] == "graphs":
+            for part in result.get("results", []):
+                rates = part["priors"]["balanced"]
+                figures = (rates[key]["per_s"] for key in ("train", "epoch"))
+                graphs.append([name.removeprefix("graphs-"), *figures])
         elif task["stage"] == "speed":
             speed += result.get("results", [])
         elif task["stage"] == "seeds":
@@ -204,11 +246,14 @@ def markdown(summary: dict[str, Any]) -> str:
     if environment:
         source = f"JAX {environment['versions']['jax']}, commit {environment['commit']}"
         lines.append(f"{environment['device']}, {source}")
+    header = "in CUDA graphs | training step, images/s | whole epochs, images/s"
+    lines += ["## CUDA graphs", table(header, graphs)]
     lines += ["## Speed", speed_table.markdown(speed)]
     header = "type | program | ms | time (train step = 1) | at most | memory | at most"
     lines += ["## Gradient of alpha", table(header, meta)]
-    header = "type | seeds | in turn, images/s | at once, images/s | ratio | compile s"
-    lines += ["## Several seeds at once", table(f"{header} | MiB", seeds)]
+    header = "type | way | seeds | in turn, images/s | at once, images/s | ratio"
+    header += " | compile s | MiB"
+    lines += ["## Several seeds at once", table(header, seeds)]
     header = "run | status | steps | average incremental accuracy | seconds"
     lines += ["## Whole runs", "Beside the paper's numbers: reproduce/report.md"]
     lines += [table(header, runs)]
@@ -231,7 +276,8 @@ def run_all(options: argparse.Namespace, summary: dict[str, Any]) -> None:
     for task in tasks(options, deadline):
         new = {"stage": task.stage, "status": "to do", "attempts": 0, "seconds": 0.0}
         record = summary["tasks"].setdefault(task.name, new)
-        if record["status"] != "done" and time.monotonic() < deadline:
+        left = deadline - time.monotonic()
+        if record["status"] != "done" and left > LEAST[task.stage]:
             log = options.output / f"{task.stage}.log"
             with contextlib.closing(execute(task, record, log, deadline)) as running:
                 for _ in running:
@@ -256,6 +302,8 @@ def parse() -> argparse.Namespace:
     add("--output", type=pathlib.Path, required=True, help="folder of all results")
     add("--data_dir", default="", help="of tfds, with cifar100 prepared")
     add("--stages", default=",".join(STAGES), help="some of them, by commas")
+    add("--methods", nargs="+", default=METHODS, choices=METHODS)
+    add("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     add("--dtype", default="float32", choices=DTYPES, help="of the whole runs")
     add("--updates_per_call", type=int, default=0, help="of all; 0: the default")
     add("--limit_seconds", type=float, default=0, help="of this call; 0: no limit")
@@ -272,8 +320,10 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Runs the chosen stages; returns the exit status."""
     options = parse()
-    if options.reduced:
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    # Without a GPU a task fails, and does not take hours on the CPU; "cpu" is for XLA's
+    # counts of FLOPs (cost.py).
+    platforms = "cpu" if options.reduced else "cuda,cpu"
+    os.environ.setdefault("JAX_PLATFORMS", platforms)
     if options.data_dir:
         os.environ["TFDS_DATA_DIR"] = str(pathlib.Path(options.data_dir).resolve())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as by Ctrl-C

@@ -87,14 +87,18 @@ class Program:
             start = time.perf_counter()
             lowered = self._jitted.lower(*arguments)
             self.seconds = time.perf_counter() - start
-            key = lowered.as_text(), jax.tree.structure(arguments)
-            if key not in self._known:
-                start = time.perf_counter()
-                built = lowered.compile()
-                self._known[key] = built, time.perf_counter() - start
-            self.compiled, seconds = self._known[key]
+            self.compiled, seconds = self._compile(lowered, arguments)
             self.seconds += seconds
         return self.compiled(*arguments)
+
+    def _compile(self, lowered: Any, arguments: PyTree) -> tuple[Any, float]:
+        """The compiled program, and the seconds that it took when it was compiled."""
+        key = lowered.as_text(), jax.tree.structure(arguments)
+        if key not in self._known:
+            start = time.perf_counter()
+            built = lowered.compile()
+            self._known[key] = built, time.perf_counter() - start
+        return self._known[key]
 
     def one_update(self) -> tuple[Any, Any]:
         """The same with one update a call and so no loop: lowered, and compiled.
@@ -104,9 +108,9 @@ class Program:
         *whole, schedule, rows = self._arguments
         first = lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)  # noqa: E731
         short = jax.tree.map(first, (schedule, rows))
-        lowered = self._jitted.lower(*whole, *short)
-        looped = len(rows.indices) > 1
-        return lowered, lowered.compile() if looped else self.compiled
+        arguments = (*whole, *short)
+        lowered = self._jitted.lower(*arguments)
+        return lowered, self._compile(lowered, arguments)[0]
 
 
 @dataclasses.dataclass

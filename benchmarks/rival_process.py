@@ -1,5 +1,6 @@
 """The process in which PyTorch runs the rivals, seen from ours."""
 
+import contextlib
 import json
 import pathlib
 import subprocess
@@ -12,7 +13,7 @@ from problem import Contestant
 
 
 class RivalError(Exception):
-    """A rival cannot be run here."""
+    """A rival, or PyTorch as a whole, cannot be run here."""
 
 
 class Rivals:
@@ -32,10 +33,11 @@ class Rivals:
 
     def _ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
-        print(line, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended: no answer either
+            print(line, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            sys.exit(f"error: PyTorch ended with status {self._process.wait()}")
+            raise RivalError(f"PyTorch ended with status {self._process.wait()}")
         return json.loads(answer)
 
     def contestant(self, name: str) -> Contestant:
@@ -50,12 +52,16 @@ class Rivals:
 
         return round_
 
-    def close(self, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        """Ends the process; returns what is known of it and of each variant."""
-        self._process.communicate()
-        for name, facts in self._rounds.items():
-            for key in ("seconds", "amount"):
-                facts.pop(key, None)
+    def known(self, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """What is known of the process and of each variant, with its rate."""
+        variants = {}
+        for name, found in self._rounds.items():
+            facts = {k: v for k, v in found.items() if k not in ("seconds", "amount")}
             if f"torch/{name}" in rates:
                 facts["per_s"] = float(f"{np.median(rates[f'torch/{name}']):.4g}")
-        return {**self._facts, "variants": self._rounds}
+            variants[name] = facts
+        return {**self._facts, "variants": variants}
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()

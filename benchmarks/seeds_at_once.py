@@ -1,14 +1,20 @@
 """Whether one device trains several seeds faster at once than one after another.
 
-The incremental step of problem.py, vmapped over S networks, each with its own teacher,
-batches and random numbers, against S calls of the plain program. Prints JSON: images/s
-of all S together, and `ratio`, at once over one after another (more than 1: it pays).
+The incremental step of problem.py on S networks, each with its own teacher, batches and
+random numbers, against S calls of the plain program (`in_turn`):
+
+    vmapped  one program with an axis of networks; convolutions become grouped ones
+    copies   one program with the update S times, which a GPU may run side by side
+
+Prints JSON: images/s of all S together, and the ratio of each to `in_turn` (more than
+1: it pays).
 
     python benchmarks/seeds_at_once.py [--method lucir] --output seeds.json
 """
 
 import argparse
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +29,7 @@ from bsce_jax import programs as compiled
 from bsce_jax import training, updates
 from bsce_jax.state import PyTree
 
+WAYS = ("vmapped", "copies")
 REDUCED = {"seeds": [1, 2], "updates": 2, "repeats": 2}
 
 
@@ -49,7 +56,7 @@ def contestant(
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Compiles and times both ways for each number of seeds."""
+    """Compiles and times each way with each number of seeds."""
     p = problem.make(options.method, options.prior, options.dtype, options.sizes)
     count = min(p.programs.updates_per_call, options.updates)
     calls = options.updates // count
@@ -59,38 +66,51 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     each = [arguments(p, seed, count) for seed in range(max(options.seeds))]
     plain = jax.jit(update, donate_argnums=0).lower(*each[0]).compile()
     axes = (0, 0, None, None, 0, 0)  # one data set, and as many updates for all
-    vmapped = jax.jit(jax.vmap(update, axes), donate_argnums=0)
+    programs = {
+        "vmapped": lambda *given: jax.vmap(update, axes)(*given),
+        "copies": lambda states, *rest: _copies(update, states, *rest),
+    }
     runs, facts = {}, {}
     for seeds in options.seeds:
-        stacked = tuple(
-            parts[0] if axis is None else jax.tree.map(lambda *x: jnp.stack(x), *parts)
-            for axis, parts in zip(axes, zip(*each[:seeds], strict=True), strict=True)
-        )
-        start = time.perf_counter()
-        at_once = vmapped.lower(*stacked).compile()
-        seconds = time.perf_counter() - start
-        used: Any = at_once.memory_analysis()
-        facts[seeds] = {
-            "at_once_compile_s": round(seconds, 1),
-            "at_once_temp_mib": round(used.temp_size_in_bytes / 2**20, 1),
-        }
         runs[f"in_turn/{seeds}"] = contestant(plain, each[:seeds], calls)
-        runs[f"at_once/{seeds}"] = contestant(at_once, [stacked], calls)
+        parts = list(zip(*each[:seeds], strict=True))
+        stacked = tuple(
+            p[0] if axis is None else jax.tree.map(lambda *x: jnp.stack(x), *p)
+            for axis, p in zip(axes, parts, strict=True)
+        )
+        for way in options.ways:
+            given = stacked if way == "vmapped" else tuple(parts)
+            start = time.perf_counter()
+            jitted = jax.jit(programs[way], donate_argnums=0)
+            built = jitted.lower(*given).compile()
+            used: Any = built.memory_analysis()
+            facts[way, seeds] = {
+                "compile_s": round(time.perf_counter() - start, 1),
+                "temp_mib": round(used.temp_size_in_bytes / 2**20, 1),
+            }
+            runs[f"{way}/{seeds}"] = contestant(built, [given], calls)
     times = meta_gradient.interleaved(runs, options.repeats)
     images, found = count * calls * p.plan.batch_size, []
-    for seeds in options.seeds:
-        turn, once = (times[f"{name}/{seeds}"][:, 0] for name in ("in_turn", "at_once"))
+    for seeds, way in itertools.product(options.seeds, options.ways):
+        turn, once = (times[f"{name}/{seeds}"][:, 0] for name in ("in_turn", way))
         rates = [1e3 * images * seeds / np.median(ms) for ms in (turn, once)]
         found.append(
             {
+                "way": way,
                 "seeds": seeds,
                 "in_turn_images_per_s": round(rates[0], 1),
                 "at_once_images_per_s": round(rates[1], 1),
                 "ratio": round(np.median(turn / once), 3),
-                **facts[seeds],
+                **facts[way, seeds],
             }
         )
     return found
+
+
+def _copies(update: Any, states: Any, *rest: Any) -> tuple[Any, Any]:
+    """The update of each state with its own arguments, in one program."""
+    found = [update(*given) for given in zip(states, *rest, strict=True)]
+    return tuple(state for state, _ in found), [metrics for _, metrics in found]
 
 
 def parse() -> argparse.Namespace:
@@ -101,6 +121,7 @@ def parse() -> argparse.Namespace:
     add("--prior", default="balanced", help="any but meta")
     add("--dtype", default="float32", choices=("float32", "bfloat16"))
     add("--seeds", type=int, nargs="+", default=[1, 2, 4, 8])
+    add("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     add("--updates", type=int, default=0, help="in a round; 0: 2 on CPU, else 100")
     add("--repeats", type=int, default=5, help="rounds")
     add("--reduced", action="store_true", help="tiny sizes")

@@ -5,7 +5,7 @@ programs and loops, data resident. Rounds of everything that is compared follow 
 another, every other one in reverse, and each number is the median over the rounds:
 
     train      images/s of consecutive updates (with Meta one of alpha in ten)
-    epoch      images/s of a whole epoch, planning and metrics included
+    epoch      images/s of whole epochs, planning and metrics included
     evaluate   images/s of predictions on the test images of the classes seen
     herding    classes/s, features included
 
@@ -30,7 +30,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import cost
@@ -72,7 +72,9 @@ def contestants(p: Problem, updates: int) -> dict[str, Contestant]:
     run, context, seen = p.run, p.context, p.data.num_seen
     config, programs, source = run.config, run.programs, run.dataset
     batch = config.evaluation.batch_size
-    one_epoch = dataclasses.replace(p.plan, epochs=1)
+    # On a GPU one is a call or two: too short for what a run does between calls.
+    epochs = 1 if jax.default_backend() == "cpu" else 10
+    some_epochs = dataclasses.replace(p.plan, epochs=epochs)
     test = np.flatnonzero(source.test_labels < seen)
     new = [np.flatnonzero(source.train_labels == c) for c in source.groups[1]]
     first = 0
@@ -102,7 +104,7 @@ def contestants(p: Problem, updates: int) -> dict[str, Contestant]:
             p.progress.state,
             context,
             run.train,
-            one_epoch,
+            some_epochs,
             training.History(),
             after_call=lambda history, images: None,
             due=lambda: False,
@@ -110,7 +112,7 @@ def contestants(p: Problem, updates: int) -> dict[str, Contestant]:
             stop=lambda: 0,
         )
         jax.block_until_ready(p.progress.state)
-        return len(one_epoch.train)
+        return epochs * len(some_epochs.train)
 
     def predict() -> float:
         network = p.progress.state.params, p.progress.state.batch_stats
@@ -148,9 +150,15 @@ def timed(function: Callable[[], float]) -> Contestant:
     return round_
 
 
-def measure(method: str, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything of a method and type, its priors and rivals in turn."""
-    problems, runs, found = {}, {}, {}
+def measure(
+    method: str, dtype: str, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """Everything of a method and type, its priors and rivals in turn.
+
+    Yields the result after each round, and last with what is measured once: whatever
+    ends the process, the rounds before it are not lost.
+    """
+    problems, runs, known = {}, {}, {}
     for prior in options.priors or PRIORS[method]:
         p = problems[prior] = problem.make(
             method, prior, dtype, options.sizes, options.updates_per_call
@@ -159,34 +167,56 @@ def measure(method: str, dtype: str, options: argparse.Namespace) -> dict[str, A
         for name, contestant in contestants(p, options.updates).items():
             contestant()
             runs[f"{prior}/{name}"] = contestant
-        found[prior] = facts(p, options)
+        known[prior] = facts(p, options)
     first, rivals = next(iter(problems.values())), None
     if options.rivals and importlib.util.find_spec("torch"):
-        rivals = Rivals(problem.rival_spec(first, max(5, options.updates // 10)))
-        for name in options.rivals:
+        try:
+            spec = problem.rival_spec(first, max(5, options.updates // 10))
+            rivals = Rivals(spec)
+        except RivalError as error:
+            print(f"no rivals: {error}", file=sys.stderr)
+        for name in options.rivals if rivals else ():
             runs[f"torch/{name}"] = rivals.contestant(name)
-    rates = interleaved(runs, options.rounds)
-    for prior, known in found.items():
-        known |= compared(prior, rates)
-        if known["floor_s"]:
-            update = problems[prior].plan.batch_size / known["train"]["per_s"]
-            known["share_of_floor"] = short(known["floor_s"] / update)
-    device = jax.devices()[0].memory_stats() or {}
-    result = {
-        "method": method,
-        "dtype": dtype,
-        "priors": found,
-        "more_time_percent": overheads(rates),
-        "device_peak_bytes": device.get("peak_bytes_in_use"),
-        "torch": rivals and rivals.close(rates),
-    }
+    result: dict[str, Any] = {"method": method, "dtype": dtype}
+    for rates in interleaved(runs, options.rounds):
+        device = jax.devices()[0].memory_stats() or {}
+        result |= {
+            "priors": {
+                prior: of_prior(known[prior], compared(prior, rates), batch_size(p))
+                for prior, p in problems.items()
+            },
+            "rounds": max(map(len, rates.values())),
+            "more_time_percent": overheads(rates),
+            "device_peak_bytes": device.get("peak_bytes_in_use"),
+            "torch": rivals and rivals.known(rates),
+        }
+        yield result
+    if rivals:
+        rivals.close()
     if options.startup:
         result["seconds_to_first_update"] = startup_time.startup(
             method, dtype, options.sizes
         )
+        yield result
     if options.profile:
-        result["hottest"] = profile(first, method, dtype, options)
-    return result
+        result["profile"] = profile(first, method, dtype, options)
+    yield result
+
+
+def batch_size(p: Problem) -> int:
+    """Images of an update."""
+    return p.plan.batch_size
+
+
+def of_prior(
+    known: Mapping[str, Any], rates: Mapping[str, Any], batch: int
+) -> dict[str, Any]:
+    """Facts, rates and ratios of a prior, and the floor's share of an update's time."""
+    found = {**known, **rates}
+    if found["floor_s"]:
+        update = batch / found["train"]["per_s"]
+        found["share_of_floor"] = short(found["floor_s"] / update)
+    return found
 
 
 def compared(prior: str, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -207,8 +237,10 @@ def compared(prior: str, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return found
 
 
-def interleaved(runs: dict[str, Contestant], rounds: int) -> dict[str, np.ndarray]:
-    """Rates [rounds] of all; without those that fail, which say so themselves."""
+def interleaved(
+    runs: dict[str, Contestant], rounds: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Rates [rounds so far] of all, after each round; without those that fail."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         for name in list(runs)[:: -1 if number % 2 else 1]:
@@ -219,7 +251,7 @@ def interleaved(runs: dict[str, Contestant], rounds: int) -> dict[str, np.ndarra
                 del runs[name], rates[name]
                 continue
             rates[name].append(amount / seconds)
-    return {name: np.array(values) for name, values in rates.items()}
+        yield {name: np.array(values) for name, values in rates.items()}
 
 
 def overheads(rates: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
@@ -270,14 +302,16 @@ def facts(p: Problem, options: argparse.Namespace) -> dict[str, Any]:
 
 def profile(
     p: Problem, method: str, dtype: str, options: argparse.Namespace
-) -> list[list[Any]]:
-    """Traces 20 updates; prints and returns the operations that take the most time."""
+) -> dict[str, Any]:
+    """Traces 20 updates; prints and returns where their time goes."""
     run = contestants(p, 20)["train"]
     run()
     found = profiles.trace(pathlib.Path(options.profile), run)
-    print(f"{method} {dtype}, 20 updates: ms, percent, operation", file=sys.stderr)
-    for name, ms, percent in found:
-        print(f"{ms:10.2f} {percent:5.1f}  {name}", file=sys.stderr)
+    rest = ", ".join(f"{k} {v}" for k, v in found.items() if k != "hottest")
+    print(f"{method} {dtype}, 20 updates: {rest}", file=sys.stderr)
+    print("      runs         ms percent  operation", file=sys.stderr)
+    for name, times, ms, percent in found["hottest"]:
+        print(f"{times:10d} {ms:10.2f} {percent:7.1f}  {name}", file=sys.stderr)
     return found
 
 
@@ -331,9 +365,15 @@ def main() -> None:
 
         right = check_rivals.check(options.methods, options.priors, options.sizes)
         sys.exit(0 if right else "error: the losses differ")
-    pairs = itertools.product(options.methods, options.dtypes)
-    results = [measure(*pair, options) for pair in pairs]
-    meta_gradient.report({"benchmark": "speed", "results": results}, options)
+    results: list[dict[str, Any]] = []
+    for pair in itertools.product(options.methods, options.dtypes):
+        for result in measure(*pair, options):
+            so_far = {"benchmark": "speed", "results": [*results, result]}
+            if options.output:  # at every round: a command may only last so long
+                meta_gradient.report(so_far, options)
+        results.append(result)
+    if not options.output:
+        meta_gradient.report({"benchmark": "speed", "results": results}, options)
     if options.markdown:
         print(speed_table.markdown(results), file=sys.stderr)
 

@@ -289,7 +289,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
     spec = json.loads(sys.stdin.readline())
-    device = "cuda" if torch.cuda.is_available() and not spec["cpu"] else "cpu"
+    device = "cpu" if spec["cpu"] else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("PyTorch sees no GPU")
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True

@@ -47,7 +47,8 @@ def environment() -> dict[str, Any]:
     Returns:
       versions: see `versions`;
       platform, device and devices: backend, kind and number, over all processes;
-      processes; cpus: those this process may use; commit: see `commit`.
+      processes; cpus: those this process may use; commit: see `commit`;
+      xla_flags: the environment variable's.
     """
     allowed = getattr(os, "sched_getaffinity", None)  # absent on macOS
     return {
@@ -58,6 +59,7 @@ def environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "cpus": len(allowed(0)) if allowed else os.cpu_count(),
         "commit": commit(pathlib.Path(__file__)),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
 

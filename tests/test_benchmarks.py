@@ -10,6 +10,8 @@ import sys
 import time
 import types
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -73,7 +75,10 @@ def test_loop_on_cpu():
 @pytest.mark.slow
 def test_seeds_at_once():
     found = json.loads(run("seeds_at_once.py"))["results"]
-    assert [result["seeds"] for result in found] == [1, 2]
+    ways = ["vmapped", "copies"]
+    assert [(r["seeds"], r["way"]) for r in found] == [
+        (n, w) for n in (1, 2) for w in ways
+    ]
     assert all(result["ratio"] > 0 for result in found)
 
 
@@ -165,7 +170,10 @@ def test_speed(tmp_path):
         assert none["train"]["ratio"]["eager"] > 0
         assert none["epoch"]["ratio"]["loader"] > 0
     assert result["seconds_to_first_update"]["warm"] > 0
-    assert len(result["hottest"]) == 10 and list(traces.rglob("*.xplane.pb"))
+    profile = result["profile"]
+    assert len(profile["hottest"]) == 10 and list(traces.rglob("*.xplane.pb"))
+    assert profile["busy_ms"] > 0 and 0 <= profile["idle_percent"] < 100
+    assert result["rounds"] == 2
 
 
 def test_speed_without_torch_and_its_table(load):
@@ -194,10 +202,53 @@ def test_bytes_of_library_calls(load):
     assert load("cost").library_bytes(HLO) == 2 * 6 + 4 * 4 + 2 * 4
 
 
+def test_flops_are_counted_where_the_device_cannot(load):
+    """Two flops a multiply-add; what `Lowered.cost_analysis` has on CPU."""
+    a, b = jnp.ones((3, 5)), jnp.ones((5, 7))
+    lowered = jax.jit(jnp.dot).lower(a, b)
+    found = load("cost").counted(lowered)
+    assert found["flops"] == lowered.cost_analysis()["flops"] == 2 * 3 * 5 * 7
+
+
+def test_what_a_trace_says(load):
+    """Two lines of a device; the busier one works 6 of 10 ns."""
+
+    def event(name, start, end, **stats):
+        return types.SimpleNamespace(
+            name=name,
+            start_ns=start,
+            end_ns=end,
+            duration_ns=end - start,
+            stats=list(stats.items()),
+        )
+
+    first = [
+        event("a", 0, 4, hlo_op="fusion.12"),
+        event("b", 1, 2, hlo_op="add.3"),
+        event("c", 8, 10, hlo_op="fusion.7.1"),
+        event("host", 0, 99),
+    ]
+    second = [event("copy", 2, 5, correlation_id=1)]
+    lines = [
+        types.SimpleNamespace(name=f"Stream #{n}", events=events)
+        for n, events in enumerate((first, second))
+    ]
+    plane = types.SimpleNamespace(name="/device:GPU:0", lines=lines)
+    found = load("profiles").summary(types.SimpleNamespace(planes=[plane]))
+    assert [entry[:2] for entry in found["hottest"]] == [
+        ["fusion", 2],
+        ["copy", 1],
+        ["add", 1],
+    ]
+    assert [entry[3] for entry in found["hottest"]] == [55.6, 33.3, 11.1]
+    assert (found["operations"], found["idle_percent"]) == (4, 40.0)
+
+
 @pytest.fixture
 def gpu(load, monkeypatch) -> types.ModuleType:
     module = load("gpu")
     monkeypatch.setattr(module, "GRACE", 0.5)
+    monkeypatch.setattr(module, "LEAST", dict.fromkeys(module.STAGES, 0))
     return module
 
 
@@ -207,6 +258,10 @@ def test_gpu_commands_are_valid(gpu, load, monkeypatch, tmp_path, extra):
     monkeypatch.setattr(sys, "argv", [*flags, "--limit_seconds=600"])
     tasks = list(gpu.tasks(gpu.parse(), time.monotonic() + 570))
     assert {task.stage for task in tasks} == set(gpu.STAGES)
+    flags = [task.xla_flags for task in tasks if task.stage == "graphs"]
+    assert flags == list(gpu.GRAPHS.values())
+    speed = [task.command for task in tasks if task.stage == "speed"]
+    assert sum("--no-startup" not in command for command in speed) == 1
     assert len({task.name for task in tasks}) == len(tasks)
     for task in tasks:
         if task.stage != "runs":
@@ -220,7 +275,7 @@ def test_gpu_commands_are_valid(gpu, load, monkeypatch, tmp_path, extra):
     chosen = reproduce.choose(options)
     assert chosen.overrides == ("--config.updates_per_call=20",)
     assert 565 <= options.limit_seconds <= 570
-    assert tasks[-1].result == options.output / "manifest.json"
+    assert tasks[-1].result == pathlib.Path(options.output, "manifest.json")
     if extra:
         assert reproduce.main([*arguments, "--dry_run"]) == 0
     else:
@@ -283,6 +338,18 @@ def test_gpu_ends_at_the_limit_and_continues(gpu, monkeypatch, tmp_path):
     assert {task["status"] for task in second.values()} == {"done"}
     assert second["long"]["attempts"] == 2
     assert second["long"]["seconds"] >= first["long"]["seconds"]
+
+
+def test_gpu_begins_nothing_that_has_no_time(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "LEAST", {"meta": 60})
+    found = all_tasks(gpu, monkeypatch, tmp_path, {"a": WORK}, limit=gpu.GRACE + 30)
+    assert found["a"]["status"] == "to do" and not (tmp_path / "a.json").exists()
+
+
+def test_gpu_keeps_what_an_unfinished_task_has_found(gpu, monkeypatch, tmp_path):
+    code = WORK + "; import time; time.sleep(100)"
+    found = all_tasks(gpu, monkeypatch, tmp_path, {"a": code}, limit=gpu.GRACE + 3)
+    assert found["a"]["status"] == "unfinished" and found["a"]["result"] == {"x": 1}
 
 
 def test_gpu_runs_with_something_left_are_not_done(gpu, monkeypatch, tmp_path):
