@@ -35,7 +35,7 @@ def get_config():
     c.optim.epochs, c.optim.batch_size, c.optim.milestones = {epochs}, 16, (1,)
     c.optim.base_epochs, c.optim.base_milestones = 2, (1,)
     c.finetune.epochs = min(c.finetune.epochs, 6)
-    c.meta.every, c.meta.batch_size = 2, 8
+    c.meta.every, c.meta.batch_size, c.meta.inner_learning_rate = 2, 8, 0.0
     c.evaluation.batch_size = 64
     return c
 """

@@ -1,6 +1,7 @@
 """IL-Baseline (Jodelet et al., section 3.1): rho * Eq. 2 + (1 - rho) * Eq. 1.
 
-Sources of the hyper-parameters: the paper, section 4.1; they are BiC's.
+Sources of the hyper-parameters: the paper, section 4.1; they are BiC's. Meta's inner step
+has rate 1, as Algorithm 1 is printed: docs/results.md says what else was tried.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
             "kd": {"weight": "rho", "temperature": 2.0},
         }
     )
+    config.meta.inner_learning_rate = 1.0
     optim = config.optim
     if dataset == "cifar100":
         config.model.name = "resnet32"
