@@ -9,6 +9,7 @@ from etils import epath
 
 from bsce_jax import startup
 from bsce_jax.errors import UserError
+from bsce_jax.report import published
 from bsce_jax.report import results as results_file
 from bsce_jax.reproduce import cells as tables
 from bsce_jax.reproduce.cells import Cell
@@ -66,13 +67,22 @@ def write(
 
 
 def _cells_before(output: pathlib.Path, protocol: str) -> dict[tuple[str, ...], Any]:
-    """The cells of an earlier manifest of this protocol, by table, row and column."""
+    """The cells of an earlier manifest of this protocol, by table, row and column.
+
+    Without those that the paper's tables, as they are written down now, have not.
+    """
+    known = {
+        (key, row.key, column.key)
+        for key, table in published.load().items()
+        for row in table.rows
+        for column in table.columns
+    }
     try:
         manifest = json.loads((output / NAME).read_text())
         if manifest["protocol"] != protocol:
             return {}
-        cells = manifest["cells"]
-        return {(c["table"], c["row"], c["column"]): c for c in cells}
+        cells = {(c["table"], c["row"], c["column"]): c for c in manifest["cells"]}
+        return {key: cell for key, cell in cells.items() if key in known}
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # none, or not a manifest: this one takes its place
 

@@ -1,7 +1,7 @@
 """IL-Baseline (Jodelet et al., section 3.1): rho * Eq. 2 + (1 - rho) * Eq. 1.
 
-Sources of the hyper-parameters: the paper, section 4.1; they are BiC's. Meta's inner step
-has rate 1, as Algorithm 1 is printed: docs/results.md says what else was tried.
+Sources of the hyper-parameters: the paper, section 4.1; they are BiC's. Meta's inner
+step has rate 1, as Algorithm 1 is printed: docs/results.md says what else was tried.
 """
 
 from ml_collections import ConfigDict
