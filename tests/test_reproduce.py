@@ -178,7 +178,7 @@ SCRIPT = """
         print(workdir.name, *[pathlib.Path(base).name for base in taken], file=file)
     if behaviour == "two":
         print("80/100 updates", flush=True)
-        time.sleep(1.5)
+        time.sleep(0.7)
         print("85/100 updates", flush=True)
     else:
         print("step 1/2, 3/10 updates", flush=True)
@@ -204,6 +204,7 @@ def scripted(monkeypatch, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT))
     monkeypatch.setattr(runner, "GRACE", 1.0)
+    monkeypatch.setattr(runner, "LOOK_SECONDS", 0.1)
 
     def make(all_runs, behaviours=None, jobs=1):
         behaviours = behaviours or {}

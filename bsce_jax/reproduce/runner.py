@@ -19,6 +19,7 @@ from bsce_jax.reproduce.process import (
 )
 
 GRACE = 60.0  # seconds that runs get to save and end
+LOOK_SECONDS = 1.0  # from one look at the runs to the next
 SHOW_SECONDS = 10.0  # from one line of progress to the next
 
 
@@ -73,7 +74,7 @@ class Runner:
                 if time.monotonic() - shown >= SHOW_SECONDS:
                     shown = time.monotonic()
                     self._show(self.progress())
-                time.sleep(1.0)
+                time.sleep(LOOK_SECONDS)
         finally:
             self._end()
 
