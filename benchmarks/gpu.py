@@ -143,6 +143,7 @@ def execute(
     command = f"XLA_FLAGS={task.xla_flags} {command}" if task.xla_flags else command
     record |= {"command": command, "attempts": record["attempts"] + 1}
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    flags = [os.environ.get("XLA_FLAGS", ""), task.xla_flags]
     with log.open("a") as file:
         print(f"$ {record['command']}", file=file, flush=True)
         process = subprocess.Popen(
@@ -151,7 +152,7 @@ def execute(
             env={
                 **os.environ,
                 "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-                "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {task.xla_flags}",
+                "XLA_FLAGS": " ".join(filter(None, flags)),
             },
             stdin=subprocess.DEVNULL,
             stdout=file,

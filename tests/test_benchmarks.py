@@ -340,6 +340,20 @@ def test_gpu_ends_at_the_limit_and_continues(gpu, monkeypatch, tmp_path):
     assert second["long"]["seconds"] >= first["long"]["seconds"]
 
 
+def test_gpu_adds_a_tasks_flags_to_those_of_the_environment(gpu, monkeypatch, tmp_path):
+    """XLA takes text that begins with no dashes, such as a space, for a file's name."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    code = "import os; print(repr(os.environ['XLA_FLAGS']))"
+    log = tmp_path / "log"
+    for flags in ("", "--xla_a=1"):
+        command = [sys.executable, "-c", code]
+        task = gpu.Task("a", "graphs", command, tmp_path / "none", flags)
+        record = {"attempts": 0, "seconds": 0.0}
+        for _ in gpu.execute(task, record, log, time.monotonic() + 60):
+            pass
+        assert log.read_text().splitlines()[-1] == repr(flags)
+
+
 def test_gpu_begins_nothing_that_has_no_time(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "LEAST", {"meta": 60})
     found = all_tasks(gpu, monkeypatch, tmp_path, {"a": WORK}, limit=gpu.GRACE + 30)
