@@ -35,6 +35,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from bsce_jax import (
@@ -50,6 +51,7 @@ from bsce_jax import (
 )
 from bsce_jax.config import method_module, resolve
 from bsce_jax.defaults import default_config
+from bsce_jax.report import results as results_file
 from bsce_jax.state import Batch, PyTree, StepContext, TrainState
 
 CLASSES, OLD, SEEN = 100, 50, 60  # the first incremental step of B50 with 5 steps
@@ -297,7 +299,7 @@ def report(result: Mapping[str, Any], options: argparse.Namespace) -> None:
     }
     text = json.dumps(full, indent=2) + "\n"
     if options.output:
-        pathlib.Path(options.output).write_text(text)
+        results_file.replace(epath.Path(options.output), text)
     else:
         print(text, end="")
 

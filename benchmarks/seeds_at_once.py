@@ -14,6 +14,7 @@ Prints JSON: images/s of all S together, and the ratio of each to `in_turn` (mor
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import time
 from collections.abc import Callable
@@ -67,8 +68,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     plain = jax.jit(update, donate_argnums=0).lower(*each[0]).compile()
     axes = (0, 0, None, None, 0, 0)  # one data set, and as many updates for all
     programs = {
-        "vmapped": lambda *given: jax.vmap(update, axes)(*given),
-        "copies": lambda states, *rest: _copies(update, states, *rest),
+        "vmapped": jax.vmap(update, axes),
+        "copies": functools.partial(_copies, update),
     }
     runs, facts = {}, {}
     for seeds in options.seeds:

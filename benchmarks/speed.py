@@ -182,7 +182,7 @@ def measure(
         device = jax.devices()[0].memory_stats() or {}
         result |= {
             "priors": {
-                prior: of_prior(known[prior], compared(prior, rates), batch_size(p))
+                prior: of_prior(p, known[prior], compared(prior, rates))
                 for prior, p in problems.items()
             },
             "rounds": max(map(len, rates.values())),
@@ -203,18 +203,13 @@ def measure(
     yield result
 
 
-def batch_size(p: Problem) -> int:
-    """Images of an update."""
-    return p.plan.batch_size
-
-
 def of_prior(
-    known: Mapping[str, Any], rates: Mapping[str, Any], batch: int
+    p: Problem, known: Mapping[str, Any], rates: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Facts, rates and ratios of a prior, and the floor's share of an update's time."""
     found = {**known, **rates}
     if found["floor_s"]:
-        update = batch / found["train"]["per_s"]
+        update = p.plan.batch_size / found["train"]["per_s"]
         found["share_of_floor"] = short(found["floor_s"] / update)
     return found
 

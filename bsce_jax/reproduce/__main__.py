@@ -66,15 +66,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     rest = [flag for flag in given if flag.startswith("--config.")]
     options = parser.parse_args([flag for flag in given if flag not in rest])
     for flag in rest:
-        if "=" not in flag:
+        field, equals, _ = flag.removeprefix("--config.").partition("=")
+        if not equals:
             parser.error(f"unexpected {flag!r}: expected --config.field=value")
+        if field in OWN_FIELDS:
+            parser.error(f"unexpected {flag!r}: give {OWN_FIELDS[field]}")
     options.overrides = tuple(rest)
     if not options.table and not options.figure:
         parser.error("give --table or --figure")
-    for flag in rest:
-        field = flag.removeprefix("--config.").partition("=")[0]
-        if field in OWN_FIELDS:
-            parser.error(f"unexpected {flag!r}: give {OWN_FIELDS[field]}")
     for name in ("seeds", "jobs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1")

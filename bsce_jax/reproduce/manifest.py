@@ -56,11 +56,10 @@ def write(
         run["status"] = states.get(name) or _status(output, name, known.get(name))
         if run["status"] == "elsewhere":
             run["status"] = "running"
-    by_table = sorted(everything, key=lambda key: key[0])  # stable: rows stay in order
     manifest = {
         "schema": 1,
         "protocol": protocol,
-        "cells": [everything[key] for key in by_table],
+        "cells": list(everything.values()),
     }
     text = json.dumps(manifest, indent=1) + "\n"
     results_file.replace(epath.Path(output) / NAME, text, shared=True)
