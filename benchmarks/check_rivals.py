@@ -8,9 +8,9 @@ import numpy as np
 import problem
 import torch_rivals
 
-from bsce_jax import programs as compiled
-from bsce_jax import steps
-from bsce_jax.state import Batch
+from bsce_jax.compute import steps
+from bsce_jax.compute.state import Batch
+from bsce_jax.run import programs
 
 TOLERANCE = 1e-4  # relative
 
@@ -57,7 +57,7 @@ def both_losses(
     size, pixels = config.optim.batch_size, p.run.dataset.train.images.shape[1]
     images = rng.normal(size=(size, pixels, pixels, 3)).astype("f")
     labels = rng.integers(0, p.data.num_seen, size).astype(np.int32)
-    program = compiled.main_program(config, p.programs.model)
+    program = programs.main_program(config, p.programs.model)
     fast = {"xla_backend_optimization_level": 0}  # to compile: it runs twice
     step = jax.jit(
         functools.partial(steps.train_step, program),

@@ -28,8 +28,10 @@ import optax
 from etils import epath
 from flax import linen as nn
 
-from bsce_jax import checkpoint, models, optim
-from bsce_jax.checkpoint_writer import Writer
+from bsce_jax import models
+from bsce_jax.checkpoints import store
+from bsce_jax.checkpoints.writer import Writer
+from bsce_jax.compute import optim
 
 NETWORKS = {"resnet18": (1000, 224), "resnet32": (100, 32)}  # classes, side of images
 TARGET = {"loss_percent_at_10_minutes": 1.0}
@@ -87,8 +89,8 @@ def measure_state(network: str, folder: epath.Path, repeats: int) -> dict[str, A
     with Writer() as writer:
         for number in range(0, 2 * repeats + 2, 2):  # the first ones warm up
             state = jax.block_until_ready(bump(state))  # nothing is on the host yet
-            times["save"].append(seconds(checkpoint.save, folder, number, state, {}))
-            times["restore"].append(seconds(checkpoint.restore, folder, number, state))
+            times["save"].append(seconds(store.save, folder, number, state, {}))
+            times["restore"].append(seconds(store.restore, folder, number, state))
             state = jax.block_until_ready(bump(state))
             start = time.perf_counter()
             times["stall_async"].append(

@@ -8,8 +8,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
-from bsce_jax.defaults import default_config
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 

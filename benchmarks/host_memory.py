@@ -52,13 +52,14 @@ def train(options: argparse.Namespace, folder: pathlib.Path) -> list[float]:
     import jax
     from etils import epath
 
-    from bsce_jax import experiment, session, training
-    from bsce_jax import plan as planning
-    from bsce_jax.config import method_module, resolve
-    from bsce_jax.context import make_context
+    from bsce_jax.config.fields import default_config
+    from bsce_jax.config.files import method_module
+    from bsce_jax.config.resolve import resolve
     from bsce_jax.data import streaming
     from bsce_jax.data.builders import image_folder
-    from bsce_jax.defaults import default_config
+    from bsce_jax.run import loop, phases, setup
+    from bsce_jax.run.context import make_context
+    from bsce_jax.run.progress import initial
 
     image_folder.prepare("images", folder, options.images)
     streaming.MANY = 0  # processes for few images, too
@@ -75,24 +76,24 @@ def train(options: argparse.Namespace, folder: pathlib.Path) -> list[float]:
     config.memory.kind = "none"
     config.model.name, config.model.width = "resnet8", 4
     config.optim.batch_size, config.optim.epochs = 64, options.epochs
-    run = experiment.prepare(resolve(config), epath.Path(folder / "run"))
-    progress = session.initial(run)
-    step = planning.step_data(run.config, run.dataset, progress.ranking, 0)
-    plan = training.make_plan(run.config, step)
+    run = setup.prepare(resolve(config), epath.Path(folder / "run"))
+    progress = initial(run)
+    step = phases.step_data(run.config, run.dataset, progress.ranking, 0)
+    plan = loop.make_plan(run.config, step)
     found: list[float] = []
 
-    def after_call(history: training.History, images: int) -> None:
+    def after_call(history: loop.History, images: int) -> None:
         if history.updates % plan.updates_per_epoch == 0:
             found.append(memory())
             print(f"epoch {len(found):3d}: {found[-1]:.1f} MiB", flush=True)
 
-    state = training.fit(
+    state = loop.fit(
         run.programs,
         progress.state,
         make_context(run, progress, step),
         run.train,
         plan,
-        training.History(),
+        loop.History(),
         after_call=after_call,
         due=lambda: False,
         save=lambda state, history: None,

@@ -40,12 +40,14 @@ import numpy as np
 from meta_gradient import CONFIGS, report
 from ml_collections import ConfigDict
 
-from bsce_jax import optim, programs, state, steps, updates
-from bsce_jax.config import method_module, resolve
+from bsce_jax.compute import optim, state, steps, updates
+from bsce_jax.compute.state import PyTree
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import method_module
+from bsce_jax.config.resolve import resolve
 from bsce_jax.data.augment import NORMALIZATION
-from bsce_jax.defaults import default_config
 from bsce_jax.models import create
-from bsce_jax.state import PyTree
+from bsce_jax.run import programs
 
 METHODS = ("il_baseline", "lucir", "podnet")
 PRIORS = ("balanced", "meta")

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import meta_gradient
 import numpy as np
 
-from bsce_jax import models, steps, updates
-from bsce_jax.state import Images, PyTree, Rows, Schedule
+from bsce_jax import models
+from bsce_jax.compute import steps, updates
+from bsce_jax.compute.state import Images, PyTree, Rows, Schedule
 
 REDUCED = {"size": 8, "batch": 8, "updates": 3, "repeats": 2, "conv_chunks": 1}
 

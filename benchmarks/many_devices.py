@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import jax
     import problem
 
-    from bsce_jax import telemetry, training
+    from bsce_jax.run import loop
+    from bsce_jax.telemetry import environment
 
     sizes = problem.sizes(options.reduced)
     config = problem.configuration("il_baseline", "balanced", "float32", sizes)
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def run() -> float:
             started = time.perf_counter()
             for update in range(options.updates):
-                p.progress.state, _ = training.call(
+                p.progress.state, _ = loop.call(
                     p.run.programs, p.progress.state, p.context, p.run.train, p.plan,
                     update, 1,
                 )  # fmt: skip
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "devices": options.devices,
         "batch": config.optim.batch_size,
         "load_average": os.getloadavg(),
-        **telemetry.environment(),
+        **environment.environment(),
     }
     if options.output:
         options.output.write_text(json.dumps(report, indent=1))

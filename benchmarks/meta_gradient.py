@@ -38,21 +38,16 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from bsce_jax import (
-    log_prior,
-    meta_alpha,
-    models,
-    optim,
-    parallel,
-    programs,
-    steps,
-    telemetry,
-    terms,
-)
-from bsce_jax.config import method_module, resolve
-from bsce_jax.defaults import default_config
+from bsce_jax import log_prior, meta_alpha, models
+from bsce_jax.compute import optim, parallel, steps
+from bsce_jax.compute.state import Batch, PyTree, StepContext, TrainState
+from bsce_jax.config import terms
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import method_module
+from bsce_jax.config.resolve import resolve
 from bsce_jax.report import results as results_file
-from bsce_jax.state import Batch, PyTree, StepContext, TrainState
+from bsce_jax.run import programs
+from bsce_jax.telemetry import environment
 
 CLASSES, OLD, SEEN = 100, 50, 60  # the first incremental step of B50 with 5 steps
 IMAGES_OLD, IMAGES_NEW = 18, 500  # a class, with 2 of 20 exemplars held out
@@ -295,7 +290,7 @@ def report(result: Mapping[str, Any], options: argparse.Namespace) -> None:
         **result,
         "options": {k: v for k, v in vars(options).items() if k != "output"},
         "command": "python " + shlex.join(sys.argv),
-        "environment": telemetry.environment(),
+        "environment": environment.environment(),
     }
     text = json.dumps(full, indent=2) + "\n"
     if options.output:

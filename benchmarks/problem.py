@@ -18,12 +18,15 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from bsce_jax import feed, parallel, session, training
-from bsce_jax import plan as planning
-from bsce_jax import programs as compiled
-from bsce_jax.config import resolve
-from bsce_jax.context import make_context
-from bsce_jax.state import PyTree, StepContext
+from bsce_jax.compute import parallel
+from bsce_jax.compute.state import PyTree, StepContext
+from bsce_jax.config.resolve import resolve
+from bsce_jax.run import feed, loop, setup
+from bsce_jax.run.context import make_context
+from bsce_jax.run.dataset import Dataset, Split
+from bsce_jax.run.phases import StepData, planned_phases
+from bsce_jax.run.programs import Programs, build
+from bsce_jax.run.progress import Progress, initial
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RATE = 1e-3  # learning rate: random labels must not end in NaN
@@ -126,19 +129,19 @@ class Problem:
       plan: of the step's main training, many epochs.
     """
 
-    run: session.Run
-    phases: list[planning.StepData]
-    progress: session.Progress
+    run: setup.Run
+    phases: list[StepData]
+    progress: Progress
     context: StepContext
-    plan: training.Plan
+    plan: loop.Plan
 
     @property
-    def programs(self) -> compiled.Programs:
+    def programs(self) -> Programs:
         """The compiled functions."""
         return self.run.programs
 
     @property
-    def data(self) -> planning.StepData:
+    def data(self) -> StepData:
         """Of the step's main training."""
         return self.phases[1]
 
@@ -165,19 +168,19 @@ def configuration(method: str, prior: str, dtype: str, sizes: Sizes) -> ConfigDi
     return resolve(config)
 
 
-def dataset(config: ConfigDict, sizes: Sizes) -> planning.Dataset:
+def dataset(config: ConfigDict, sizes: Sizes) -> Dataset:
     """Random images in the classes of the scenario, in equal numbers."""
     rng, base = np.random.default_rng(0), sizes.classes // 2
     new = base // config.scenario.steps
     image_shape = sizes.pixels, sizes.pixels, 3
     edges = [0, *range(base, sizes.classes + 1, new)]
 
-    def split(name: str, count: int) -> planning.Split:
+    def split(name: str, count: int) -> Split:
         labels = np.repeat(np.arange(sizes.classes, dtype=np.int32), count)
         images = rng.integers(0, 256, (len(labels), *image_shape), np.uint8)
-        return planning.Split(name, np.arange(len(labels)), labels, images)
+        return Split(name, np.arange(len(labels)), labels, images)
 
-    return planning.Dataset(
+    return Dataset(
         split("train", sizes.images),
         split("test", sizes.tests),
         image_shape,
@@ -197,17 +200,17 @@ def make(
 
 
 def place(
-    config: ConfigDict, source: planning.Dataset, devices: int = 1, mode: str = "jit"
+    config: ConfigDict, source: Dataset, devices: int = 1, mode: str = "jit"
 ) -> Problem:
     """Builds the problem of a configuration and data set on the first devices."""
     chosen = parallel.create(mode, jax.devices()[:devices])
-    programs = compiled.build(config, chosen, source.num_classes)
+    programs = build(config, chosen, source.num_classes)
     jitted = ("base_update", "incremental_update", "meta_update", "finetune_update")
     found = {
         name: getattr(programs, name) for name in (*jitted, "evaluate", "features")
     }
     wrapped = {name: value and Program(value) for name, value in found.items()}
-    run = session.Run(
+    run = setup.Run(
         config,
         epath.Path("not written"),
         source,
@@ -217,8 +220,8 @@ def place(
         results={},
         monitor=cast(Any, None),
     )
-    phases = [p for p in planning.planned_phases(config, source) if p.step < 2]
-    progress = session.initial(run)
+    phases = [p for p in planned_phases(config, source) if p.step < 2]
+    progress = initial(run)
     turned = jax.tree.map(np.flip, jax.device_get(progress.teacher))
     progress.teacher = parallel.replicate(chosen, turned)
     return Problem(
@@ -226,11 +229,11 @@ def place(
         phases,
         progress,
         make_context(run, progress, phases[1]),
-        slow(training.make_plan(config, phases[1])),
+        slow(loop.make_plan(config, phases[1])),
     )
 
 
-def slow(plan: training.Plan) -> training.Plan:
+def slow(plan: loop.Plan) -> loop.Plan:
     """The plan with the benchmark's learning rate."""
     return dataclasses.replace(plan, learning_rates=(RATE,) * plan.epochs)
 
@@ -239,12 +242,12 @@ def compile_all(problem: Problem) -> None:
     """Calls every program of a run once, on a copy of the state."""
     run = problem.run
     for phase in problem.phases:
-        plan = slow(training.make_plan(run.config, phase))
+        plan = slow(loop.make_plan(run.config, phase))
         first = [0]
         if plan.alpha_every and run.programs.updates_per_call == 1:
             first.append(1)  # the program without an update of alpha
         for update in first:
-            training.call(
+            loop.call(
                 run.programs,
                 jax.tree.map(jnp.copy, problem.progress.state),
                 make_context(run, problem.progress, phase),
@@ -255,14 +258,14 @@ def compile_all(problem: Problem) -> None:
             )
 
 
-def images_of(plan: training.Plan, first: int, count: int) -> int:
+def images_of(plan: loop.Plan, first: int, count: int) -> int:
     """Images in updates first to first + count: the last of an epoch has fewer."""
     within = np.arange(first, first + count) % plan.updates_per_epoch
     left = len(plan.train) - within * plan.batch_size
     return int(np.minimum(left, plan.batch_size).sum())
 
 
-def programs_of(programs: compiled.Programs) -> dict[str, Program]:
+def programs_of(programs: Programs) -> dict[str, Program]:
     """The programs compiled so far, by name."""
     found = {f.name: getattr(programs, f.name) for f in dataclasses.fields(programs)}
     return {

@@ -26,9 +26,10 @@ import meta_gradient
 import numpy as np
 import problem
 
-from bsce_jax import programs as compiled
-from bsce_jax import training, updates
-from bsce_jax.state import PyTree
+from bsce_jax.compute import updates
+from bsce_jax.compute.state import PyTree
+from bsce_jax.run import loop
+from bsce_jax.run.programs import main_program
 
 WAYS = ("vmapped", "copies")
 REDUCED = {"seeds": [1, 2], "updates": 2, "repeats": 2}
@@ -38,7 +39,7 @@ def arguments(p: problem.Problem, seed: int, count: int) -> tuple[PyTree, ...]:
     """State, context, data, count, schedule and rows of `count` updates of a seed."""
     plan = dataclasses.replace(p.plan, seed=seed)
     echo = dataclasses.replace(p.programs, incremental_update=lambda *given: given)
-    return training.call(echo, p.progress.state, p.context, p.run.train, plan, 0, count)
+    return loop.call(echo, p.progress.state, p.context, p.run.train, plan, 0, count)
 
 
 def contestant(
@@ -61,9 +62,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     p = problem.make(options.method, options.prior, options.dtype, options.sizes)
     count = min(p.programs.updates_per_call, options.updates)
     calls = options.updates // count
-    update = updates.make_train_update(
-        compiled.main_program(p.run.config, p.programs.model)
-    )
+    update = updates.make_train_update(main_program(p.run.config, p.programs.model))
     each = [arguments(p, seed, count) for seed in range(max(options.seeds))]
     plain = jax.jit(update, donate_argnums=0).lower(*each[0]).compile()
     axes = (0, 0, None, None, 0, 0)  # one data set, and as many updates for all

@@ -44,7 +44,8 @@ import startup_time
 from problem import Contestant, Problem
 from rival_process import RivalError, Rivals
 
-from bsce_jax import evaluate, memory, training
+from bsce_jax import memory
+from bsce_jax.run import evaluate, loop
 
 PRIORS = {
     "il_baseline": ("none", "balanced", "meta"),
@@ -85,7 +86,7 @@ def contestants(p: Problem, updates: int) -> dict[str, Contestant]:
         images = problem.images_of(p.plan, first, updates)
         for done in range(0, updates, programs.updates_per_call):
             count = min(programs.updates_per_call, updates - done)
-            p.progress.state, _ = training.call(
+            p.progress.state, _ = loop.call(
                 programs,
                 p.progress.state,
                 context,
@@ -99,13 +100,13 @@ def contestants(p: Problem, updates: int) -> dict[str, Contestant]:
         return images
 
     def epoch() -> float:
-        p.progress.state = training.fit(
+        p.progress.state = loop.fit(
             programs,
             p.progress.state,
             context,
             run.train,
             some_epochs,
-            training.History(),
+            loop.History(),
             after_call=lambda history, images: None,
             due=lambda: False,
             save=lambda state, history: None,

@@ -14,30 +14,21 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from bsce_jax import (
-    checkpoint,
-    evaluate,
-    feed,
-    memory,
-    methods,
-    parallel,
-    session,
-    startup,
-    telemetry,
-    training,
-)
-from bsce_jax import plan as planning
-from bsce_jax import programs as compiled
-from bsce_jax.config import config_hash, flatten
-from bsce_jax.context import make_context
+from bsce_jax import memory, methods
+from bsce_jax.checkpoints import store
+from bsce_jax.compute import parallel
+from bsce_jax.compute.state import PyTree, TrainState
 from bsce_jax.errors import UserError
-from bsce_jax.monitor import Monitor
-from bsce_jax.peers import Peers
+from bsce_jax.hosts.peers import Peers
+from bsce_jax.hosts.stop import StopSignal
 from bsce_jax.report import results as results_file
 from bsce_jax.report import tables
-from bsce_jax.session import Progress, Run
-from bsce_jax.state import PyTree, TrainState
-from bsce_jax.step_result import step_result
+from bsce_jax.run import evaluate, loop, phases
+from bsce_jax.run.context import make_context
+from bsce_jax.run.dataset import exemplars_per_class
+from bsce_jax.run.progress import Progress, copy_network, restore, save
+from bsce_jax.run.record import step_result
+from bsce_jax.run.setup import Run, prepare
 
 logger = logging.getLogger("bsce_jax")
 
@@ -45,7 +36,7 @@ logger = logging.getLogger("bsce_jax")
 def run(
     config: ConfigDict,
     workdir: epath.PathLike,
-    stop: startup.StopSignal,
+    stop: StopSignal,
     peers: Peers | None = None,
 ) -> dict[str, Any]:
     """Runs or resumes an experiment and returns its results.
@@ -69,15 +60,15 @@ def run(
     with run.writer:
         try:
             _steps(run, stop)
-        except training.StopRequested:
+        except loop.StopRequested:
             run.writer.wait()  # or "saved" would not be true
             raise
     return finish(run)
 
 
-def _steps(run: Run, stop: startup.StopSignal) -> None:
+def _steps(run: Run, stop: StopSignal) -> None:
     """All steps that are left."""
-    progress = session.restore(run)
+    progress = restore(run)
     run.monitor.start(progress.before + progress.history.updates)
     for step in range(progress.step + progress.finished, len(run.dataset.groups)):
         if step > progress.step:
@@ -85,63 +76,13 @@ def _steps(run: Run, stop: startup.StopSignal) -> None:
         run.monitor.begin_step(progress.seconds)
         if progress.main is None:
             train(run, progress, stop)
-        if planning.has_finetuning(run.config, run.dataset, step):
+        if phases.has_finetuning(run.config, run.dataset, step):
             finetune(run, progress, stop)
         stop_if_asked(run, progress, stop)
         select_exemplars(run, progress)
         record(run, progress)
-        session.save(run, progress, finished=True)
+        save(run, progress, finished=True)
         stop_if_asked(run, progress, stop)
-
-
-def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
-    """Reads the data, places it on the devices and builds the programs."""
-    devices = parallel.create(config.parallel)
-    dataset = planning.load(config)
-    results = {
-        "schema": results_file.SCHEMA,
-        "name": config.name,
-        "status": "running",
-        "config": flatten(config),
-        "config_hash": config_hash(config),
-        "base_hash": planning.base_hash(config, dataset),
-        "class_names": list(dataset.class_names),
-        "class_order": [int(i) for i in dataset.class_order],
-        "image_shape": list(dataset.image_shape),
-        "steps": [],
-        "summary": results_file.summary([]),
-    }
-
-    parallel.require_same(
-        {
-            "configuration": results["config_hash"],
-            "data set": (
-                results["class_order"],
-                results["class_names"],
-                dataset.train_labels.tobytes(),
-                dataset.test_labels.tobytes(),
-            ),
-            "version of a package": telemetry.versions(),
-        }
-    )
-
-    def create_feed(split: planning.Split) -> feed.Feed:
-        return feed.create(config, devices, split, dataset.image_shape)
-
-    updates = [
-        training.make_plan(config, data).updates
-        for data in planning.planned_phases(config, dataset)
-    ]
-    return Run(
-        config,
-        workdir,
-        dataset,
-        compiled.build(config, devices, dataset.num_classes),
-        create_feed(dataset.train),
-        create_feed(dataset.test),
-        results,
-        Monitor(workdir, len(dataset.groups), sum(updates), config.log_seconds),
-    )
 
 
 def begin(run: Run, progress: Progress, step: int) -> Progress:
@@ -162,9 +103,9 @@ def begin(run: Run, progress: Progress, step: int) -> Progress:
         finished=False,
         before=progress.before + progress.history.updates,
         main=None,
-        history=training.History(),
+        history=loop.History(),
         state=parallel.replicate(programs.parallel, state),
-        teacher=session.copy_network(run, progress.state),
+        teacher=copy_network(run, progress.state),
         ranking=progress.ranking,
     )
 
@@ -176,7 +117,7 @@ def new_head_rows(run: Run, progress: Progress, step: int) -> PyTree:
     method = methods.module(config.method)
     if not hasattr(method, "begin"):
         return params
-    data = planning.step_data(config, dataset, progress.ranking, step)
+    data = phases.step_data(config, dataset, progress.ranking, step)
     labels = dataset.train_labels[data.train]
     found = evaluate.features_by_class(
         run.programs,
@@ -198,13 +139,13 @@ def _new_optimizer(state: TrainState) -> TrainState:
     return state.replace(opt_state=jax.tree.map(np.zeros_like, state.opt_state))
 
 
-def train(run: Run, progress: Progress, stop: startup.StopSignal) -> None:
+def train(run: Run, progress: Progress, stop: StopSignal) -> None:
     """Main training of the current step, from wherever it stands."""
-    data = planning.step_data(run.config, run.dataset, progress.ranking, progress.step)
+    data = phases.step_data(run.config, run.dataset, progress.ranking, progress.step)
     _fit(run, progress, data, stop)
 
 
-def finetune(run: Run, progress: Progress, stop: startup.StopSignal) -> None:
+def finetune(run: Run, progress: Progress, stop: StopSignal) -> None:
     """Balanced fine-tuning of the current step, from wherever it stands.
 
     It begins by choosing the new classes' exemplars, with the network just trained.
@@ -212,26 +153,24 @@ def finetune(run: Run, progress: Progress, stop: startup.StopSignal) -> None:
     if progress.main is None:
         select_exemplars(run, progress)
         progress.before += progress.history.updates
-        progress.main, progress.history = progress.history, training.History()
+        progress.main, progress.history = progress.history, loop.History()
         progress.state = parallel.replicate(
             run.programs.parallel, _new_optimizer(progress.state)
         )
-    data = planning.finetune_data(
+    data = phases.finetune_data(
         run.config, run.dataset, progress.ranking, progress.step
     )
     _fit(run, progress, data, stop)
 
 
-def _fit(
-    run: Run, progress: Progress, data: planning.StepData, stop: startup.StopSignal
-) -> None:
+def _fit(run: Run, progress: Progress, data: phases.StepData, stop: StopSignal) -> None:
     """Trains a phase of a step, saving inside it."""
     config = run.config
-    plan = training.make_plan(config, data)
+    plan = loop.make_plan(config, data)
     context = make_context(run, progress, data)
     last_save = time.monotonic()
 
-    def after_call(history: training.History, images: int) -> None:
+    def after_call(history: loop.History, images: int) -> None:
         run.writer.check()
         run.monitor.trained(plan, history, progress.before, images)
 
@@ -240,14 +179,14 @@ def _fit(
         passed = time.monotonic() - last_save
         return parallel.is_first() and passed >= 60 * config.checkpoint.minutes
 
-    def save_inside(state: TrainState, history: training.History) -> None:
+    def save_inside(state: TrainState, history: loop.History) -> None:
         nonlocal last_save
         progress.state, progress.history = state, history
-        session.save(run, progress, finished=False)
+        save(run, progress, finished=False)
         last_save = time.monotonic()
 
     try:
-        progress.state = training.fit(
+        progress.state = loop.fit(
             run.programs,
             progress.state,
             context,
@@ -259,17 +198,17 @@ def _fit(
             save=save_inside,
             stop=lambda: stop.number,
         )
-    except training.NotFiniteError as error:
+    except loop.NotFiniteError as error:
         with contextlib.suppress(UserError):
             run.writer.wait()
-        kept = checkpoint.numbers(run.checkpoints)
+        kept = store.numbers(run.checkpoints)
         last = f"checkpoint {kept[-1]}" if kept else "none"
         raise UserError(f"{error}; last good: {last} in {run.checkpoints}") from None
     # Exemplars and accuracies may take long: nothing is lost meanwhile.
-    session.save(run, progress, finished=False)
+    save(run, progress, finished=False)
 
 
-def stop_if_asked(run: Run, progress: Progress, stop: startup.StopSignal) -> None:
+def stop_if_asked(run: Run, progress: Progress, stop: StopSignal) -> None:
     """Ends a run that is saved where a process was asked to stop.
 
     Raises:
@@ -277,7 +216,7 @@ def stop_if_asked(run: Run, progress: Progress, stop: startup.StopSignal) -> Non
     """
     asked = parallel.largest(run.programs.parallel, (stop.number,))
     if (number := int(asked[0])) and run.results["status"] != "done":
-        raise training.StopRequested(progress.step, progress.history.updates, number)
+        raise loop.StopRequested(progress.step, progress.history.updates, number)
 
 
 def select_exemplars(run: Run, progress: Progress) -> None:
@@ -292,7 +231,7 @@ def select_exemplars(run: Run, progress: Progress) -> None:
         run.train,
         [np.flatnonzero(labels == position) for position in group],
         config.memory.selection,
-        planning.exemplars_per_class(config, group.stop),
+        exemplars_per_class(config, group.stop),
         progress.ranking.shape[1],
         int(dataset.images_per_class.max()),
         config.evaluation.batch_size,

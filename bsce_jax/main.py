@@ -83,16 +83,16 @@ def main(argv: Sequence[str]) -> int:
     peers = None
     try:
         given = parse(argv)
-        from bsce_jax import cluster, startup
-        from bsce_jax.config import resolve
+        from bsce_jax.config.resolve import resolve
+        from bsce_jax.hosts import jax_settings, join, workdir
 
         config = resolve(given.config)
-        folder = startup.workdir_path(config, given.workdir)
-        startup.configure_jax(config, folder)  # joining reads XLA's flags
-        address = cluster.Address(
+        folder = workdir.workdir_path(config, given.workdir)
+        jax_settings.configure_jax(config, folder)  # joining reads XLA's flags
+        address = join.Address(
             given.coordinator_address, given.num_processes, given.process_id
         )
-        peers = cluster.join(address, given.peer_timeout, given.join_timeout)
+        peers = join.join(address, given.peer_timeout, given.join_timeout)
         status = _run(config, folder, peers)
     except BaseException as error:
         return _failed(error, peers)
@@ -103,13 +103,16 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(config: Any, folder: Any, peers: Any) -> int:
     """Prints the plan or runs; returns the exit status."""
-    from bsce_jax import dry_run, experiment, startup, training
-    from bsce_jax.config import flatten
+    from bsce_jax import experiment
+    from bsce_jax.config.hashes import flatten
+    from bsce_jax.hosts import workdir
+    from bsce_jax.hosts.stop import StopSignal
+    from bsce_jax.run import dry_run, loop
 
     follows = peers is not None and peers.index > 0
     if follows:
         logger.setLevel(logging.WARNING)  # the first process logs for all
-    startup.open_workdir(folder)
+    workdir.open_workdir(folder)
     if config.print_plan:
         plan = dry_run.describe(config, folder)
         if not follows:
@@ -117,11 +120,11 @@ def _run(config: Any, folder: Any, peers: Any) -> int:
         return 0
     lines = [f"  {name} = {value!r}" for name, value in flatten(config).items()]
     logger.info("workdir %s, configuration:\n%s", folder, "\n".join(lines))
-    lock = contextlib.nullcontext() if follows else startup.lock(folder)
-    with startup.StopSignal() as stop, lock:
+    lock = contextlib.nullcontext() if follows else workdir.lock(folder)
+    with StopSignal() as stop, lock:
         try:
             experiment.run(config, folder, stop, peers)
-        except training.StopRequested as stopped:
+        except loop.StopRequested as stopped:
             stop.ignore()  # another process may have been told before this one
             logger.info("%s", stopped)
             return 128 + stopped.number

@@ -14,10 +14,13 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from bsce_jax import checkpoint, log_prior, parallel, programs
+from bsce_jax import log_prior
+from bsce_jax.checkpoints import store
+from bsce_jax.compute import parallel
+from bsce_jax.compute.state import PyTree
 from bsce_jax.errors import UserError
 from bsce_jax.report import results as results_file
-from bsce_jax.state import PyTree
+from bsce_jax.run import programs
 
 
 class Prediction(NamedTuple):
@@ -75,7 +78,7 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
     shape = tuple(results["image_shape"])
     target = programs.network_shapes(model, shape)
     found = _checkpoint_of(folder / "checkpoints", step)
-    network = checkpoint.restore(
+    network = store.restore(
         folder / "checkpoints", found, {"state": target}, partial=True
     ).arrays["state"]
     num_seen = results["steps"][step]["result"]["num_seen"]
@@ -115,8 +118,8 @@ def _probabilities(
 
 
 def _checkpoint_of(folder: epath.Path, step: int) -> int:
-    for number in checkpoint.numbers(folder):
-        meta = checkpoint.read_meta(folder, number)
+    for number in store.numbers(folder):
+        meta = store.read_meta(folder, number)
         if meta["step"] == step and meta["finished"]:
             return number
     raise UserError(f"{folder} has no checkpoint of the end of step {step}")

@@ -7,8 +7,8 @@ bsce_jax/defaults.py says what each field means.
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import method_module
-from bsce_jax.defaults import default_config
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import method_module
 
 
 def get_config() -> ConfigDict:

@@ -20,8 +20,8 @@ The data set is prepared once by
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
-from bsce_jax.defaults import default_config
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
 
 ARGUMENTS = COMMON_ARGUMENTS
 

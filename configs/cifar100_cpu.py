@@ -15,8 +15,8 @@ epsilon (images; 0.2 is the paper's 0.2 %).
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
-from bsce_jax.defaults import default_config
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
 
 ARGUMENTS = COMMON_ARGUMENTS | {"prior": "balanced", "memory": 5}
 

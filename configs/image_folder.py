@@ -22,9 +22,9 @@ images a class. Fields to look at for other images, all in bsce_jax/defaults.py:
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
 from bsce_jax.data.augment import NORMALIZATION
-from bsce_jax.defaults import default_config
 
 ARGUMENTS = COMMON_ARGUMENTS | {"data": "my_images", "base_classes": 0}
 

@@ -36,9 +36,9 @@ One that tfds has prepared as array_record serves as well, with an index of its 
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
 from bsce_jax.data.augment import NORMALIZATION
-from bsce_jax.defaults import default_config
 
 ARGUMENTS = COMMON_ARGUMENTS | {"base_classes": 500}
 

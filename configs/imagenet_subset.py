@@ -28,9 +28,9 @@ folders train and val of ILSVRC 2012 with one folder a class in each:
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
 from bsce_jax.data.augment import NORMALIZATION
-from bsce_jax.defaults import default_config
 
 ARGUMENTS = COMMON_ARGUMENTS
 

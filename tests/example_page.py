@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bsce_jax.config import flatten
-from bsce_jax.defaults import default_config
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.hashes import flatten
 from bsce_jax.report import results
 
 Runs = list[dict[str, Any]]

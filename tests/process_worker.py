@@ -11,8 +11,10 @@ import sys
 import jax
 import numpy as np
 
-from bsce_jax import cluster, evaluate, feed, parallel, programs
-from bsce_jax.state import Images
+from bsce_jax.compute import parallel
+from bsce_jax.compute.state import Images
+from bsce_jax.hosts import join
+from bsce_jax.run import evaluate, feed, programs
 from tests import test_steps
 from tests.tiny import TinyNet
 
@@ -65,7 +67,7 @@ def whole_set(mode: str, devices: list) -> dict[str, np.ndarray]:
 
 def built_for(place: parallel.Parallel, tested) -> programs.Programs:
     """The evaluation programs alone."""
-    from bsce_jax import steps
+    from bsce_jax.compute import steps
 
     def compiled(function, name, outputs):
         kinds: list = ["replicated"] * 4 + ["batch"]
@@ -98,7 +100,7 @@ def main() -> None:
     address, process, folder = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
-    peers = cluster.join(cluster.Address(address, 2, process), 60.0)
+    peers = join.join(join.Address(address, 2, process), 60.0)
     assert peers is not None and jax.device_count() == 8
     found = everything(jax.devices())
     place = parallel.create("jit")

@@ -13,8 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from bsce_jax import checkpoint
-from bsce_jax.checkpoint_writer import Writer
+from bsce_jax.checkpoints import store
+from bsce_jax.checkpoints.writer import Writer
 from bsce_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -84,15 +84,15 @@ def test_round_trip_keeps_bits_structure_and_meta(
 ) -> None:
     state = make_state(3, num_kept=5)
     meta = {"step": 1, "accuracy": [0.1, 1e-300, 1 / 3, None], "best": {"1": True}}
-    checkpoint.save(tmp_path, 7, state, meta)
+    store.save(tmp_path, 7, state, meta)
 
     target = make_state(0, num_kept=5)
-    restored = checkpoint.latest(
+    restored = store.latest(
         tmp_path, jax.eval_shape(lambda: target) if abstract else target
     )
 
     assert restored is not None and restored.number == 7
-    assert restored.meta == meta == checkpoint.read_meta(tmp_path, 7)
+    assert restored.meta == meta == store.read_meta(tmp_path, 7)
     assert type(restored.arrays) is State
     assert type(restored.arrays.opt_state[1]) is type(state.opt_state[1])
     assert_same(restored.arrays, state)
@@ -112,54 +112,54 @@ def test_every_bit_pattern_survives(tmp_path: pathlib.Path) -> None:
         "none": None,
         "key": np.asarray(jax.random.key_data(jax.random.key(5))),
     }
-    checkpoint.save(tmp_path, 0, tree, {})
-    assert_same(checkpoint.restore(tmp_path, 0, tree).arrays, tree)
+    store.save(tmp_path, 0, tree, {})
+    assert_same(store.restore(tmp_path, 0, tree).arrays, tree)
 
 
 def test_float64_survives(tmp_path: pathlib.Path, x64: None) -> None:
     tree = {"x": jnp.linspace(0, 1, 7, dtype=jnp.float64)}
-    checkpoint.save(tmp_path, 0, tree, {})
-    assert_same(checkpoint.restore(tmp_path, 0, tree).arrays, tree)
+    store.save(tmp_path, 0, tree, {})
+    assert_same(store.restore(tmp_path, 0, tree).arrays, tree)
 
 
 @pytest.mark.parametrize("tree", [{}, {"memory": np.zeros((0,), np.int32)}])
 def test_trees_without_elements(tmp_path: pathlib.Path, tree: dict) -> None:
-    checkpoint.save(tmp_path, 0, tree, {"a": 1})
-    assert_same(checkpoint.restore(tmp_path, 0, tree).arrays, tree)
+    store.save(tmp_path, 0, tree, {"a": 1})
+    assert_same(store.restore(tmp_path, 0, tree).arrays, tree)
 
 
 def test_replicated_arrays_of_a_mesh(tmp_path: pathlib.Path) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     tree = {"x": jax.device_put(np.arange(3000.0, dtype=np.float32), everywhere)}
-    checkpoint.save(tmp_path, 0, tree, {})
-    assert_same(checkpoint.restore(tmp_path, 0, tree).arrays, tree)
+    store.save(tmp_path, 0, tree, {})
+    assert_same(store.restore(tmp_path, 0, tree).arrays, tree)
 
 
 def test_relative_directory(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    checkpoint.save("a/b", 0, small(1), {})
-    assert checkpoint.numbers("a/b") == [0]
-    assert_same(checkpoint.restore("a/b", 0, small(0)).arrays, small(1))
+    store.save("a/b", 0, small(1), {})
+    assert store.numbers("a/b") == [0]
+    assert_same(store.restore("a/b", 0, small(0)).arrays, small(1))
 
 
 def test_no_checkpoints(tmp_path: pathlib.Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        assert checkpoint.latest(folder, small(0)) is None
-        assert checkpoint.numbers(folder) == []
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint 3"):
-        checkpoint.read_meta(tmp_path, 3)
+        assert store.latest(folder, small(0)) is None
+        assert store.numbers(folder) == []
+    with pytest.raises(store.CheckpointError, match="no checkpoint 3"):
+        store.read_meta(tmp_path, 3)
 
 
 def test_partial_restore_reads_only_its_leaves(tmp_path: pathlib.Path) -> None:
     tree = {"state": small(3), "teacher": {"w": np.ones(5000, np.float32)}}
-    checkpoint.save(tmp_path, 0, tree, {})
+    store.save(tmp_path, 0, tree, {})
     part = {"state": {"w": tree["state"]["w"]}}
-    assert_same(checkpoint.restore(tmp_path, 0, part, partial=True).arrays, part)
-    with pytest.raises(checkpoint.CheckpointError, match="other is missing"):
-        checkpoint.restore(tmp_path, 0, {"other": tree["state"]["w"]}, partial=True)
+    assert_same(store.restore(tmp_path, 0, part, partial=True).arrays, part)
+    with pytest.raises(store.CheckpointError, match="other is missing"):
+        store.restore(tmp_path, 0, {"other": tree["state"]["w"]}, partial=True)
 
 
 # --- Mistakes of the caller
@@ -177,26 +177,26 @@ def test_partial_restore_reads_only_its_leaves(tmp_path: pathlib.Path) -> None:
 def test_target_that_does_not_fit(
     tmp_path: pathlib.Path, change: dict, message: str, caplog: Any
 ) -> None:
-    checkpoint.save(tmp_path, 0, small(0), {})
-    checkpoint.save(tmp_path, 1, small(1), {})
+    store.save(tmp_path, 0, small(0), {})
+    store.save(tmp_path, 1, small(1), {})
     for read in (
-        lambda target: checkpoint.latest(tmp_path, target),
-        lambda target: checkpoint.restore(tmp_path, 1, target),
+        lambda target: store.latest(tmp_path, target),
+        lambda target: store.restore(tmp_path, 1, target),
     ):
-        with pytest.raises(checkpoint.CheckpointError, match=message) as caught:
+        with pytest.raises(store.CheckpointError, match=message) as caught:
             read(small(0) | change)
-        assert not isinstance(caught.value, checkpoint.DamagedError)
+        assert not isinstance(caught.value, store.DamagedError)
         assert isinstance(caught.value, UserError)
     assert not caplog.records, "a wrong target is no damage"
 
 
 def test_existing_and_lower_numbers_are_refused(tmp_path: pathlib.Path) -> None:
-    checkpoint.save(tmp_path, 5, small(5), {})
+    store.save(tmp_path, 5, small(5), {})
     for number in (5, 4):
-        with pytest.raises(checkpoint.CheckpointError, match="5 exists"):
-            checkpoint.save(tmp_path, number, small(0), {})
-    assert checkpoint.numbers(tmp_path) == [5]
-    assert_same(checkpoint.restore(tmp_path, 5, small(0)).arrays, small(5))
+        with pytest.raises(store.CheckpointError, match="5 exists"):
+            store.save(tmp_path, number, small(0), {})
+    assert store.numbers(tmp_path) == [5]
+    assert_same(store.restore(tmp_path, 5, small(0)).arrays, small(5))
 
 
 @pytest.mark.parametrize(
@@ -210,14 +210,14 @@ def test_existing_and_lower_numbers_are_refused(tmp_path: pathlib.Path) -> None:
 )
 def test_what_cannot_be_saved(tmp_path: pathlib.Path, tree: dict, meta: dict) -> None:
     with pytest.raises(TypeError):
-        checkpoint.save(tmp_path, 0, tree, meta)
+        store.save(tmp_path, 0, tree, meta)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("number", "keep"), [(-1, 2), (0, 0)])
 def test_bad_numbers(tmp_path: pathlib.Path, number: int, keep: int) -> None:
-    with pytest.raises(checkpoint.CheckpointError):
-        checkpoint.save(tmp_path, number, small(0), {}, keep=keep)
+    with pytest.raises(store.CheckpointError):
+        store.save(tmp_path, number, small(0), {}, keep=keep)
 
 
 # --- Pruning
@@ -226,22 +226,22 @@ def test_bad_numbers(tmp_path: pathlib.Path, number: int, keep: int) -> None:
 def test_pruning_spares_permanent_and_newest(tmp_path: pathlib.Path) -> None:
     kept = []
     for number in range(9):
-        checkpoint.save(tmp_path, number, small(number), {"permanent": number % 4 == 1})
-        kept.append(checkpoint.numbers(tmp_path))
+        store.save(tmp_path, number, small(number), {"permanent": number % 4 == 1})
+        kept.append(store.numbers(tmp_path))
     # The newest two of all, and 1 and 5 for ever.
     assert kept[:3] == [[0], [0, 1], [1, 2]]
     assert kept[-3:] == [[1, 5, 6], [1, 5, 6, 7], [1, 5, 7, 8]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "5", "7", "8"]
-    checkpoint.save(tmp_path, 20, small(20), {}, keep=1)
-    assert checkpoint.numbers(tmp_path) == [1, 5, 20]
+    store.save(tmp_path, 20, small(20), {}, keep=1)
+    assert store.numbers(tmp_path) == [1, 5, 20]
 
 
 def test_pruning_leaves_what_it_cannot_read(tmp_path: pathlib.Path) -> None:
-    checkpoint.save(tmp_path, 0, small(0), {"permanent": True})
+    store.save(tmp_path, 0, small(0), {"permanent": True})
     (tmp_path / "0/manifest/data.json").write_text("{")
     for number in (1, 2, 3):
-        checkpoint.save(tmp_path, number, small(number), {})
-    assert checkpoint.numbers(tmp_path) == [0, 2, 3]
+        store.save(tmp_path, number, small(number), {})
+    assert store.numbers(tmp_path) == [0, 2, 3]
 
 
 # --- Damage
@@ -251,14 +251,14 @@ def test_pruning_leaves_what_it_cannot_read(tmp_path: pathlib.Path) -> None:
 def two(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder with checkpoint 1 (of make_state(1)) and the newest, 2."""
     for number in (1, 2):
-        checkpoint.save(tmp_path, number, make_state(number), {"number": number})
+        store.save(tmp_path, number, make_state(number), {"number": number})
     yield tmp_path
 
 
 def check_fallback(folder: pathlib.Path, caplog: Any) -> int:
     """``latest`` gives 2 bit-exactly and silently, or 1 with a warning about 2."""
     caplog.clear()
-    restored = checkpoint.latest(folder, make_state(0))
+    restored = store.latest(folder, make_state(0))
     assert restored is not None
     assert restored.meta == {"number": restored.number}
     assert_same(restored.arrays, make_state(restored.number))
@@ -321,24 +321,22 @@ def test_meta_is_protected(two: pathlib.Path, caplog: Any) -> None:
     manifest = json.loads(path.read_text())
     manifest["meta"]["number"] = 3
     path.write_text(json.dumps(manifest))
-    with pytest.raises(checkpoint.DamagedError, match="checksum of its JSON"):
-        checkpoint.read_meta(two, 2)
+    with pytest.raises(store.DamagedError, match="checksum of its JSON"):
+        store.read_meta(two, 2)
     assert check_fallback(two, caplog) == 1
 
 
 def test_swapped_folders_are_found(two: pathlib.Path) -> None:
     (two / "2").rename(two / "3")
-    with pytest.raises(checkpoint.DamagedError, match="holds checkpoint 2"):
-        checkpoint.restore(two, 3, make_state(0))
+    with pytest.raises(store.DamagedError, match="holds checkpoint 2"):
+        store.restore(two, 3, make_state(0))
 
 
 def test_all_damaged_is_an_error(two: pathlib.Path, caplog: Any) -> None:
     for number in ("1", "2"):
         biggest_file(two / number).write_bytes(b"")
-    with pytest.raises(
-        checkpoint.CheckpointError, match="none of the .* readable"
-    ) as e:
-        checkpoint.latest(two, make_state(0))
+    with pytest.raises(store.CheckpointError, match="none of the .* readable") as e:
+        store.latest(two, make_state(0))
     assert "\n" not in str(e.value)
     assert len(caplog.records) == 2
 
@@ -346,11 +344,11 @@ def test_all_damaged_is_an_error(two: pathlib.Path, caplog: Any) -> None:
 def test_saving_again_after_a_fallback(two: pathlib.Path, caplog: Any) -> None:
     biggest_file(two / "2").write_bytes(b"")
     assert check_fallback(two, caplog) == 1
-    checkpoint.save(two, 2, make_state(22), {"again": True})
-    restored = checkpoint.latest(two, make_state(0))
+    store.save(two, 2, make_state(22), {"again": True})
+    restored = store.latest(two, make_state(0))
     assert restored is not None and restored.meta == {"again": True}
     assert_same(restored.arrays, make_state(22))
-    assert checkpoint.numbers(two) == [1, 2]
+    assert store.numbers(two) == [1, 2]
     assert (two / "2.damaged").exists(), "damaged data are kept for a rescue"
 
 
@@ -358,8 +356,8 @@ def test_leftovers_are_ignored_and_removed(two: pathlib.Path, caplog: Any) -> No
     for name in ("3.orbax-checkpoint-tmp", "0.deleted"):
         (two / name / "arrays").mkdir(parents=True)
     assert check_fallback(two, caplog) == 2
-    assert checkpoint.numbers(two) == [1, 2]
-    checkpoint.save(two, 3, make_state(3), {})
+    assert store.numbers(two) == [1, 2]
+    store.save(two, 3, make_state(3), {})
     assert sorted(path.name for path in two.iterdir()) == ["2", "3"]
 
 
@@ -367,7 +365,7 @@ def test_only_the_first_process_writes(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    checkpoint.save(tmp_path, 0, small(0), {})
+    store.save(tmp_path, 0, small(0), {})
     with Writer() as writer:
         writer.save(tmp_path, 0, small(0), {}, then=pytest.fail)
     assert list(tmp_path.iterdir()) == []
@@ -378,7 +376,7 @@ def test_only_the_first_process_writes(
 
 def test_host_copies_share_no_memory() -> None:
     tree = {"w": jnp.zeros(300_000), "n": np.zeros(3)}
-    copies = checkpoint.host_copy(tree)
+    copies = store.host_copy(tree)
     assert_same(copies, tree)
     for copy, leaf in zip(jax.tree.leaves(copies), jax.tree.leaves(tree), strict=True):
         assert not np.shares_memory(copy, jax.device_get(leaf))
@@ -402,7 +400,7 @@ def test_background_saves_are_of_their_moment(tmp_path: pathlib.Path) -> None:
     assert [meta["at"] for meta in written] == [[number] for number in range(12)]
     assert writer.saves == 12 and writer.stalled > 0
     for number in range(12):
-        restored = checkpoint.restore(tmp_path, number, state)
+        restored = store.restore(tmp_path, number, state)
         assert restored.meta == {"at": [number]}
         assert (restored.arrays["w"] == 5 * number).all()
         assert restored.arrays["n"] == 5 * number
@@ -424,7 +422,7 @@ def test_one_background_save_at_a_time(tmp_path: pathlib.Path) -> None:
         assert order[0] == "first" and writer.stalled >= 0.2
         writer.wait()
         assert order == ["first", "second"]
-        assert checkpoint.numbers(tmp_path) == [0, 1]
+        assert store.numbers(tmp_path) == [0, 1]
 
 
 def test_background_pruning(tmp_path: pathlib.Path) -> None:
@@ -432,12 +430,12 @@ def test_background_pruning(tmp_path: pathlib.Path) -> None:
         for number in range(9):
             meta = {"permanent": number % 4 == 1}
             writer.save(tmp_path, number, small(number), meta)
-    assert checkpoint.numbers(tmp_path) == [1, 5, 7, 8]
+    assert store.numbers(tmp_path) == [1, 5, 7, 8]
 
 
 def fail_in_background(folder: pathlib.Path, writer: Writer) -> None:
     """Its save fails: the number is taken."""
-    checkpoint.save(folder, 5, small(5), {})
+    store.save(folder, 5, small(5), {})
     writer.save(folder, 5, small(6), {}, then=pytest.fail)
 
 
@@ -452,22 +450,22 @@ def test_background_errors_are_raised_once_by_the_next_call(
     }
     for name, call in calls.items():
         fail_in_background(tmp_path / name, writer)
-        with pytest.raises(checkpoint.CheckpointError, match="5 exists"):
+        with pytest.raises(store.CheckpointError, match="5 exists"):
             call(tmp_path / name)
         writer.check()
         writer.wait()
-        assert checkpoint.numbers(tmp_path / name) == [5]
+        assert store.numbers(tmp_path / name) == [5]
 
 
 def test_check_raises_without_waiting(tmp_path: pathlib.Path) -> None:
     with Writer() as writer:
         fail_in_background(tmp_path, writer)
-        with pytest.raises(checkpoint.CheckpointError, match="5 exists"):
+        with pytest.raises(store.CheckpointError, match="5 exists"):
             for _ in range(100):
                 writer.check()
                 threading.Event().wait(0.1)
         writer.save(tmp_path, 6, small(6), {})  # as if nothing had happened
-    assert checkpoint.numbers(tmp_path) == [5, 6]
+    assert store.numbers(tmp_path) == [5, 6]
 
 
 def test_errors_of_what_follows_a_save(tmp_path: pathlib.Path) -> None:
@@ -476,7 +474,7 @@ def test_errors_of_what_follows_a_save(tmp_path: pathlib.Path) -> None:
 
     with pytest.raises(UserError, match="results.json"), Writer() as writer:
         writer.save(tmp_path, 0, small(0), {}, then=then)
-    assert checkpoint.numbers(tmp_path) == [0]
+    assert store.numbers(tmp_path) == [0]
 
 
 def test_background_errors_do_not_hide_others(

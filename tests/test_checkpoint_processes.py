@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 
-from bsce_jax import checkpoint
+from bsce_jax.checkpoints import store
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def child_tree(number: int, size: int) -> dict[str, np.ndarray]:
     return {"w": np.full(size, number, np.float32), "n": np.full(300, number)}
 
 
-def check(restored: checkpoint.Restored | None, number: int) -> None:
+def check(restored: store.Restored | None, number: int) -> None:
     """It is the whole of this number."""
     assert restored is not None
     assert restored.number == restored.meta["number"] == number
@@ -76,7 +76,7 @@ def assert_only(folder: pathlib.Path, numbers: list[int], size: int) -> None:
     """The folder holds these checkpoints, intact, and nothing else."""
     assert {path.name for path in folder.iterdir()} == set(map(str, numbers))
     for number in numbers:
-        check(checkpoint.restore(folder, number, child_tree(0, size)), number)
+        check(store.restore(folder, number, child_tree(0, size)), number)
 
 
 where = pytest.mark.parametrize("background", [False, True])
@@ -190,13 +190,13 @@ def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
         child.wait()
         child.stdout.close()
         assert done >= number, "each child saves at least once"
-        restored = checkpoint.latest(tmp_path, child_tree(0, size))
+        restored = store.latest(tmp_path, child_tree(0, size))
         # The last that was reported, or one that was renamed just before the kill.
         assert restored is not None and restored.number in (done, done + 1)
         check(restored, restored.number)
         number = restored.number + 1
     tree = child_tree(number, size)
-    checkpoint.save(tmp_path, number, tree, {"number": number})
+    store.save(tmp_path, number, tree, {"number": number})
     assert_only(tmp_path, [number - 1, number], size)
 
 
@@ -241,7 +241,7 @@ def test_killed_while_saving_in_the_background(tmp_path: pathlib.Path) -> None:
         done = max([0, *map(int, child.stdout.read().split())])
         child.wait()
         child.stdout.close()
-        restored = checkpoint.latest(folder, target)
+        restored = store.latest(folder, target)
         assert restored is not None and restored.number in (done, done + 1)
         check(restored, restored.number)
 
@@ -263,7 +263,7 @@ def test_exit_during_a_background_save(tmp_path: pathlib.Path, managed: bool) ->
         size,
     )
     assert (out, err) == ("", "")
-    restored = checkpoint.latest(tmp_path, child_tree(0, size))
+    restored = store.latest(tmp_path, child_tree(0, size))
     assert restored is not None
     check(restored, restored.number)
     assert restored.number == 1 or not managed

@@ -8,8 +8,8 @@ import sys
 import jax
 import pytest
 
-from bsce_jax import cluster, peers
 from bsce_jax.errors import UserError
+from bsce_jax.hosts import join, peers
 from tests import runs
 from tests.test_processes import free_address
 
@@ -34,12 +34,12 @@ def initialized(monkeypatch):
 )
 def test_an_incomplete_address_is_refused(address, message):
     with pytest.raises(UserError, match=message):
-        cluster.join(cluster.Address(*address))
+        join.join(join.Address(*address))
 
 
 def test_one_process_joins_nobody(monkeypatch, initialized):
     monkeypatch.setenv("SLURM_NTASKS", "4")  # in a batch script, outside of srun
-    assert cluster.join(cluster.Address()) is None
+    assert join.join(join.Address()) is None
     assert not initialized
 
 
@@ -58,7 +58,7 @@ def test_launchers_are_found_and_a_lone_task_takes_all_devices(
     given = variables | (slurm if "SLURM_NTASKS" in variables else {})
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    assert cluster.join(cluster.Address()) is None  # one process after all
+    assert join.join(join.Address()) is None  # one process after all
     (options,) = initialized
     assert options["local_device_ids"] == expected
 
@@ -80,7 +80,7 @@ def on_tpu(monkeypatch):
 )
 def test_a_tpu_pod_is_found(monkeypatch, on_tpu, initialized, platforms, joins):
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
-    assert cluster.join(cluster.Address()) is None  # one process after all
+    assert join.join(join.Address()) is None  # one process after all
     assert [list(options) for options in initialized] == joins * [
         ["initialization_timeout", "heartbeat_timeout_seconds"]
     ]
@@ -97,7 +97,7 @@ def test_a_tpu_without_a_pod_is_one_process(monkeypatch, on_tpu):
         "initialize",
         lambda **options: _raise(ValueError("coordinator_address should be defined.")),
     )
-    assert cluster.join(cluster.Address()) is None
+    assert join.join(join.Address()) is None
     assert not asked
 
 
@@ -112,7 +112,7 @@ def test_a_pod_that_is_set_up_wrongly_is_one_line(monkeypatch, on_tpu, kind):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: _raise(error))
     message = "cannot join the other processes: unsupported worker-network-endpoints f"
     with pytest.raises(UserError, match=message):
-        cluster.join(cluster.Address())
+        join.join(join.Address())
 
 
 JOIN = """

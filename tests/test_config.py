@@ -12,20 +12,11 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from bsce_jax import config as module
-from bsce_jax import terms
-from bsce_jax.config import (
-    BOUNDS,
-    CHOICES,
-    config_hash,
-    digest,
-    flatten,
-    method_module,
-    parse_arguments,
-    resolve,
-    validate,
-)
-from bsce_jax.defaults import default_config
+from bsce_jax.config import terms
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import method_module, parse_arguments
+from bsce_jax.config.hashes import NOT_HASHED, config_hash, digest, flatten
+from bsce_jax.config.resolve import BOUNDS, CHOICES, resolve, validate
 from bsce_jax.errors import UserError
 
 FIELDS = flatten(default_config())
@@ -399,7 +390,7 @@ def test_the_hash_does_not_depend_on_the_order_of_fields():
 
 def test_not_hashed_names_exist():
     fields = {*FIELDS, *(name.partition(".")[0] for name in FIELDS)}
-    assert set(module.NOT_HASHED) <= fields
+    assert set(NOT_HASHED) <= fields
 
 
 def test_digest_is_sha256_of_sorted_json():

@@ -15,21 +15,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bsce_jax import (
-    feed,
-    log_prior,
-    losses,
-    methods,
-    models,
-    parallel,
-    programs,
-    training,
-)
-from bsce_jax import plan as planning
-from bsce_jax.config import flatten, method_module, resolve
-from bsce_jax.defaults import default_config
+from bsce_jax import log_prior, losses, methods, models
+from bsce_jax.compute import parallel
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import method_module
+from bsce_jax.config.hashes import flatten
+from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
-from bsce_jax.plan import StepData
+from bsce_jax.run import dataset as dataset_module
+from bsce_jax.run import feed, loop, programs
+from bsce_jax.run.phases import StepData
 from tests.test_training import CLASSES, example, plan
 from tests.tiny import TinyNet
 
@@ -300,14 +295,14 @@ def test_the_learning_rate_of_every_epoch(parity, step):
         ("cifar", resolve(get(load("cifar100"), ""))),
         ("imagenet", imagenet()),
     ):
-        rates = training.make_plan(config, data).learning_rates
+        rates = loop.make_plan(config, data).learning_rates
         np.testing.assert_allclose(rates, vectors[f"lr_paper_{name}"], rtol=1e-12)
     for method, name in (
         ("lucir", "lr_lucir_cifar"),
         ("podnet", "lr_podnet_cifar_lagged"),
     ):
         config = configured(method, "cifar100")
-        rates = training.make_plan(config, data).learning_rates
+        rates = loop.make_plan(config, data).learning_rates
         np.testing.assert_allclose(rates, vectors[name], rtol=1e-12, atol=1e-16)
 
 
@@ -431,7 +426,7 @@ def test_the_documented_loss_term_enters_the_loss_after_the_base_step(
         planned = plan(step=step, train=np.arange(9, dtype=np.int32), batch_size=9)
         placed = parallel.replicate(built.parallel, (state, context, data))
         images = feed.Resident(built.parallel, placed[2])
-        _, metrics = training.call(built, *placed[:2], images, planned, 0, 1)
+        _, metrics = loop.call(built, *placed[:2], images, planned, 0, 1)
         return float(metrics["loss"][0])
 
     images = (data.images[:9].astype(np.float32) / 255 - 0.5) / 0.5
@@ -457,7 +452,7 @@ def test_the_documented_data_set_is_prepared_and_loads(tmp_path, monkeypatch, ca
     (tmp_path / "stripes.py").write_text(config)
     (tmp_path / "methods").symlink_to(CONFIGS / "methods")
     module = load(tmp_path / "stripes")
-    found = planning.load(resolve(get(module, "prior=meta,seed=3")))
+    found = dataset_module.load(resolve(get(module, "prior=meta,seed=3")))
     assert found.class_names == ("1 pixel", "2 pixels", "3 pixels", "4 pixels")
     assert found.groups == (range(2), range(2, 3), range(3, 4))
     np.testing.assert_array_equal(found.images_per_class, [20] * 4)

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bsce_jax import feed, parallel
+from bsce_jax.compute import parallel
+from bsce_jax.compute.state import Images
 from bsce_jax.data import batches, decode, source, streaming
 from bsce_jax.errors import UserError
-from bsce_jax.state import Images
+from bsce_jax.run import feed
 from tests import datasets
 
 SIZE, COUNT = 16, 30

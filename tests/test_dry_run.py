@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bsce_jax import dry_run, experiment, session
-from bsce_jax.config import method_module, resolve
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import method_module
+from bsce_jax.config.resolve import resolve
 from bsce_jax.data import streaming
-from bsce_jax.defaults import default_config
+from bsce_jax.run import dry_run, progress, setup
 from tests import datasets, runs
 
 BATCH = 16
@@ -33,7 +34,7 @@ def run(tmp_path):
     c.scenario.base_classes, c.scenario.steps = 2, 1
     c.memory.per_class, c.model.width, c.optim.batch_size = 3, 4, BATCH
     c.optim.milestones = c.optim.base_milestones = ()
-    return experiment.prepare(resolve(c), tmp_path)
+    return setup.prepare(resolve(c), tmp_path)
 
 
 def test_an_update_takes_as_long_as_its_images_in_one_stream(run, monkeypatch):
@@ -53,6 +54,6 @@ def test_an_update_takes_as_long_as_its_images_in_one_stream(run, monkeypatch):
     monkeypatch.setattr(streaming.Reader, "crop", slow_crop)
     monkeypatch.setattr(streaming, "read", counted_read)
     monkeypatch.setattr(dry_run, "STREAMED", 30)
-    seconds, _ = dry_run._measure(run, session.initial(run))
+    seconds, _ = dry_run._measure(run, progress.initial(run))
     assert len(opened) == 2 and opened[0] == BATCH  # one batch to compile with
     assert 0.9 * BATCH * IMAGE / 2 < seconds < START / 3

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import bsce_jax
-from bsce_jax import checkpoint
+from bsce_jax.checkpoints import store
 from bsce_jax.errors import UserError
 from tests import runs
 
@@ -53,7 +53,7 @@ def test_a_run_writes_results_pictures_events_and_a_table(config, balanced):
 def test_a_step_is_saved_when_it_is_trained_and_when_it_is_finished(balanced):
     """Whatever happens while exemplars are chosen and accuracies measured."""
     folder = balanced / "checkpoints"
-    kept = [checkpoint.read_meta(folder, n) for n in checkpoint.numbers(folder)]
+    kept = [store.read_meta(folder, n) for n in store.numbers(folder)]
     found = [(m["step"], m["finished"], m["history"]["updates"]) for m in kept]
     trained = [(0, 4), (1, 4), (2, 4)]
     assert found == [(s, end, u) for s, u in trained for end in (False, True)]

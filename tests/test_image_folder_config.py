@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from bsce_jax import checkpoint
+from bsce_jax.checkpoints import store
 from bsce_jax.data import prepare
 from tests import runs
 from tests.test_resume import deterministic, newest, start_and_wait
@@ -54,7 +54,7 @@ def test_a_folder_is_learned_with_the_bits_of_a_run_not_killed(tmp_path, monkeyp
     process.kill()
     process.communicate()
     folder = tmp_path / "killed" / "checkpoints"
-    meta = checkpoint.read_meta(folder, newest(tmp_path / "killed"))
+    meta = store.read_meta(folder, newest(tmp_path / "killed"))
     assert meta["step"] == 1 and not meta["finished"]
     runs.run(config, tmp_path / "killed", *overrides)
     runs.run(config, tmp_path / "whole", *overrides)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from bsce_jax import log_prior, losses, terms
+from bsce_jax import log_prior, losses
+from bsce_jax.config import terms
 from bsce_jax.losses import kd, softmax_ce
 
 Parity = Callable[[str], Mapping[str, np.ndarray]]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bsce_jax import checkpoint
+from bsce_jax.checkpoints import store
 from bsce_jax.report import results as results_file
 from tests import runs
 from tests.test_resume import newest, start_and_wait
@@ -57,7 +57,7 @@ def test_killed_inside_each_phase_the_run_has_the_same_bits(config, undisturbed)
         process = start_and_wait(config, workdir, number, EVERY_PHASE)
         process.kill()
         process.communicate()
-        meta = checkpoint.read_meta(workdir / "checkpoints", newest(workdir))
+        meta = store.read_meta(workdir / "checkpoints", newest(workdir))
         phases.append((meta["step"], meta["main"] is not None, meta["finished"]))
     assert phases[-1] == (1, True, False)
     assert phases[0][0] == 0 and (1, False, False) in phases

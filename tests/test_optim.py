@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bsce_jax import optim
+from bsce_jax.compute import optim
 from tests.tiny import TinyNet
 
 SHAPES = {"conv": {"kernel": (3, 2)}, "head": {"kernel": (2, 5), "bias": (5,)}}

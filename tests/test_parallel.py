@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bsce_jax import checkpoint, parallel, telemetry
+from bsce_jax.checkpoints import store
+from bsce_jax.compute import parallel
 from bsce_jax.errors import UserError
+from bsce_jax.telemetry import compiles
 
 MODES = ("jit", "pmap")
 WHOLE, ROWS = "replicated", "batch"
@@ -171,7 +173,7 @@ def test_inputs_and_outputs_of_both_kinds(mode, devices, rows):
 
 
 def test_the_name_of_the_program_is_counted_under_jit():
-    counts = telemetry.compile_counter()
+    counts = compiles.compile_counter()
     place, step = compiled("jit")
     shift = parallel.replicate(place, {"by": 0.5})
     rows = parallel.shard(place, batch(8))
@@ -197,13 +199,13 @@ def test_nothing_compiles_again_whatever_the_values_were_made_of(
         return totals, parallel.fetch(values, 8)
 
     totals, _ = call(np.float32(2.0), 0)
-    checkpoint.save(tmp_path, 0, {"scale": np.float32(3.0)}, {}, keep=1)
+    store.save(tmp_path, 0, {"scale": np.float32(3.0)}, {}, keep=1)
     target = {"scale": jax.ShapeDtypeStruct((), np.float32)}
-    restored = checkpoint.restore(tmp_path, 0, target).arrays["scale"]
+    restored = store.restore(tmp_path, 0, target).arrays["scale"]
     elsewhere = jax.device_put(np.float32(4.0), jax.devices()[-1])
     weak = jax.jit(lambda: 1.5, out_shardings=totals["total"].sharding)()
     assert weak.weak_type
-    counts = telemetry.compile_counter()
+    counts = compiles.compile_counter()
     for scale in (
         2.5,
         np.float64(2.5),
@@ -246,7 +248,7 @@ def test_an_output_goes_in_again_without_another_compile(mode):
     first = parallel.replicate(place, {"sum": 0.0, "count": 0})
     state, _ = program(first, rows)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
-    counts = telemetry.compile_counter()
+    counts = compiles.compile_counter()
     for _ in range(3):
         state, _ = program(parallel.replicate(place, state), rows)
     assert not counts, counts

@@ -9,10 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from bsce_jax import plan
-from bsce_jax.config import flatten, resolve
-from bsce_jax.defaults import default_config
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.hashes import flatten
+from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
+from bsce_jax.run import base_hash
+from bsce_jax.run.dataset import Dataset, Split, class_order, exemplars_per_class, load
+from bsce_jax.run.phases import (
+    empty_ranking,
+    finetune_data,
+    has_finetuning,
+    planned_phases,
+    step_data,
+)
 from bsce_jax.scenario import class_groups
 from tests import datasets
 
@@ -34,7 +43,7 @@ def config(**values) -> ConfigDict:
     return resolve(c)
 
 
-def dataset(counts, base: int, steps: int, seed: int = 0) -> plan.Dataset:
+def dataset(counts, base: int, steps: int, seed: int = 0) -> Dataset:
     """Empty images with shuffled labels, `counts` of each class."""
     classes = len(counts)
     labels = np.random.default_rng(seed).permutation(
@@ -43,9 +52,9 @@ def dataset(counts, base: int, steps: int, seed: int = 0) -> plan.Dataset:
 
     def split(name, labels):
         images = np.zeros((len(labels), 2, 2, 1), np.uint8)
-        return plan.Split(name, np.arange(len(labels)), labels.astype(np.int32), images)
+        return Split(name, np.arange(len(labels)), labels.astype(np.int32), images)
 
-    return plan.Dataset(
+    return Dataset(
         split("train", labels),
         split("test", np.arange(classes)),
         (2, 2, 1),
@@ -55,7 +64,7 @@ def dataset(counts, base: int, steps: int, seed: int = 0) -> plan.Dataset:
     )
 
 
-def full_ranking(data: plan.Dataset, width: int, seed: int = 1) -> np.ndarray:
+def full_ranking(data: Dataset, width: int, seed: int = 1) -> np.ndarray:
     """A random order of each class's first images, as herding would leave one."""
     ranking = np.full((data.num_classes, width), -1, np.int32)
     rng = np.random.default_rng(seed)
@@ -69,7 +78,7 @@ def test_a_step_has_its_new_images_and_the_exemplars():
     data = dataset([9, 7, 8, 6, 10, 5], base=2, steps=2)
     ranking = full_ranking(data, 4)
     ranking[2:] = -1  # not chosen yet
-    base, first = (plan.step_data(config(), data, ranking, s) for s in (0, 1))
+    base, first = (step_data(config(), data, ranking, s) for s in (0, 1))
     assert (base.step, base.num_old, base.num_seen, base.exemplars) == (0, 0, 2, 0)
     np.testing.assert_array_equal(base.counts, [9, 7, 0, 0, 0, 0])
     np.testing.assert_array_equal(base.train, np.flatnonzero(data.train_labels < 2))
@@ -95,14 +104,14 @@ def test_the_kinds_of_memory(memory, expected):
     """A step replays what was kept after the step before: a prefix of the ranking."""
     data = dataset([8] * 5, base=2, steps=3)
     chosen = config(**memory)
-    after = [plan.exemplars_per_class(chosen, group.stop) for group in data.groups]
+    after = [exemplars_per_class(chosen, group.stop) for group in data.groups]
     assert after[:-1] == expected[1:]
-    ranking = plan.empty_ranking(chosen, data)
+    ranking = empty_ranking(chosen, data)
     assert ranking.shape == (5, max(after)) and ranking.dtype == np.int32
     assert (ranking == -1).all()
     ranking = full_ranking(data, max(after))
     for step, size in enumerate(expected):
-        found = plan.step_data(chosen, data, ranking, step)
+        found = step_data(chosen, data, ranking, step)
         old, new = data.groups[step].start, data.groups[step].stop
         np.testing.assert_array_equal(
             found.counts, [size] * old + [8] * (new - old) + [0] * (5 - new)
@@ -117,7 +126,7 @@ def test_what_an_incremental_step_samples(kind):
     data = dataset([9] * 6, base=3, steps=3)
     chosen = config(memory__per_class=2, sampling=kind)
     ranking = full_ranking(data, 2)
-    base, later = (plan.step_data(chosen, data, ranking, step) for step in (0, 2))
+    base, later = (step_data(chosen, data, ranking, step) for step in (0, 2))
     assert base.sampler is None
     if kind == "uniform":
         assert later.sampler is None
@@ -131,19 +140,17 @@ def test_what_an_incremental_step_samples(kind):
     else:
         np.testing.assert_allclose(by_class, [1 / 5] * 5)
         assert later.sampler.draws == 45
-    without = plan.step_data(
-        config(memory__kind="none", sampling=kind), data, ranking, 2
-    )
+    without = step_data(config(memory__kind="none", sampling=kind), data, ranking, 2)
     assert without.sampler is None
 
 
 def test_fine_tuning_data_are_the_exemplars_of_all_classes_seen():
     data = dataset([8] * 6, base=3, steps=3)
     chosen = config(memory__per_class=2, finetune__epochs=4)
-    ranking = plan.empty_ranking(chosen, data)
+    ranking = empty_ranking(chosen, data)
     for position in range(4):
         ranking[position] = np.flatnonzero(data.train_labels == position)[[5, 1]]
-    found = plan.finetune_data(chosen, data, ranking, 1)
+    found = finetune_data(chosen, data, ranking, 1)
     assert (found.phase, found.step, found.num_old, found.num_seen) == (
         "finetune",
         1,
@@ -153,15 +160,15 @@ def test_fine_tuning_data_are_the_exemplars_of_all_classes_seen():
     np.testing.assert_array_equal(found.train, ranking[:4].reshape(-1))
     assert found.counts.tolist() == [2, 2, 2, 2, 0, 0] and found.exemplars == 6
     assert len(found.held_out) == 0
-    steps = [plan.has_finetuning(chosen, data, step) for step in range(4)]
+    steps = [has_finetuning(chosen, data, step) for step in range(4)]
     assert steps == [False, True, True, True]
-    phases = [(d.step, d.phase) for d in plan.planned_phases(chosen, data)]
+    phases = [(d.step, d.phase) for d in planned_phases(chosen, data)]
     assert phases == [(0, "main")] + [
         (step, phase) for step in (1, 2, 3) for phase in ("main", "finetune")
     ]
     for changes in ({"finetune__epochs": 0}, {"memory__kind": "none"}):
         without = config(**{"finetune__epochs": 4, **changes})
-        assert not plan.has_finetuning(without, data, 1)
+        assert not has_finetuning(without, data, 1)
 
 
 @pytest.mark.parametrize("prior", ["balanced", "meta"])
@@ -171,11 +178,11 @@ def test_planned_phases_are_as_large_as_the_real_ones(prior, kind):
     chosen = config(
         prior=prior, memory__kind=kind, memory__per_class=4, memory__budget=16
     )
-    planned = plan.planned_phases(chosen, data)
+    planned = planned_phases(chosen, data)
     ranking = full_ranking(data, 8)
     assert [p.step for p in planned] == [0, 1, 2, 3]
     for found in planned:
-        real = plan.step_data(chosen, data, ranking, found.step)
+        real = step_data(chosen, data, ranking, found.step)
         np.testing.assert_array_equal(found.counts, real.counts)
         assert len(found.train) == len(real.train) == found.counts.sum()
         assert len(found.held_out) == len(real.held_out)
@@ -199,8 +206,8 @@ def test_the_split_of_meta(counts, size, fraction, seed):
     )
     ranking = full_ranking(data, size)
     for step in (1, 2):
-        everything = plan.step_data(plain, data, ranking, step)
-        found = plan.step_data(meta, data, ranking, step)
+        everything = step_data(plain, data, ranking, step)
+        found = step_data(meta, data, ranking, step)
         num_seen = found.num_seen
         held = max(1, int(fraction * size + 0.5))
         labels = data.train_labels[found.held_out]
@@ -213,7 +220,7 @@ def test_the_split_of_meta(counts, size, fraction, seed):
         )
         assert everything.counts.sum() == found.counts.sum() + held * num_seen
         assert found.exemplars == everything.exemplars == size * found.num_old
-    base = plan.step_data(meta, data, ranking, 0)
+    base = step_data(meta, data, ranking, 0)
     assert len(base.held_out) == 0 and base.counts.sum() == sum(counts[:2])
 
 
@@ -226,7 +233,7 @@ def test_the_split_of_meta_depends_on_seed_and_step_only():
         chosen = config(
             prior="meta", memory__per_class=10, meta__fraction=0.4, **values
         )
-        found = plan.step_data(chosen, data, ranking, step).held_out
+        found = step_data(chosen, data, ranking, step).held_out
         return set(found[data.train_labels[found] < 2].tolist())
 
     assert len(held_out(1)) == 8
@@ -342,7 +349,7 @@ def test_every_field_is_sorted_into_one_of_the_two():
 @pytest.mark.parametrize("prior", ["none", "meta"])
 def test_the_base_hash_covers_what_reaches_the_base_step(prior):
     plain = config(prior=prior)
-    expected = plan.base_hash(plain, DATA)
+    expected = base_hash.base_hash(plain, DATA)
 
     def changed(name, value):
         c = plain.copy_and_resolve_references()
@@ -354,7 +361,7 @@ def test_the_base_hash_covers_what_reaches_the_base_step(prior):
         else:
             c.update_from_flattened_dict({name: value})
         assert flatten(c) != flatten(plain), name
-        return plan.base_hash(c, DATA)
+        return base_hash.base_hash(c, DATA)
 
     for name, value in RELEVANT.items():
         assert changed(name, value) != expected, name
@@ -363,14 +370,14 @@ def test_the_base_hash_covers_what_reaches_the_base_step(prior):
 
 
 def test_the_base_hash_of_all_priors_is_one_where_classes_are_equally_large():
-    hashes = {plan.base_hash(config(prior=prior), DATA) for prior in PRIORS}
+    hashes = {base_hash.base_hash(config(prior=prior), DATA) for prior in PRIORS}
     assert len(hashes) == 1
     unequal = dataset([8, 8, 7, 8, 8, 8], base=3, steps=3)
-    plain, *others = (plan.base_hash(config(prior=p), unequal) for p in PRIORS)
+    plain, *others = (base_hash.base_hash(config(prior=p), unequal) for p in PRIORS)
     assert len(set(others)) == 1 and plain != others[0]
     assert plain == hashes.pop()
     later = dataset([8, 8, 8, 8, 7, 8], base=3, steps=3)
-    assert len({plan.base_hash(config(prior=p), later) for p in PRIORS}) == 1
+    assert len({base_hash.base_hash(config(prior=p), later) for p in PRIORS}) == 1
 
 
 def test_the_ablations_of_equally_large_classes_share_the_base_step():
@@ -386,21 +393,23 @@ def test_the_ablations_of_equally_large_classes_share_the_base_step():
     rescaled = given(softmax_ce=softmax | {"rescale": True})
     separated = given("separated_softmax_ce", softmax_ce=softmax)
     both = given(softmax_ce={"weight": 0.5}, separated_softmax_ce={"weight": 0.5})
-    expected = plan.base_hash(plain, DATA)
-    assert plan.base_hash(rescaled, DATA) == expected
-    assert plan.base_hash(separated, DATA) == expected
-    assert plan.base_hash(both, DATA) != expected
+    expected = base_hash.base_hash(plain, DATA)
+    assert base_hash.base_hash(rescaled, DATA) == expected
+    assert base_hash.base_hash(separated, DATA) == expected
+    assert base_hash.base_hash(both, DATA) != expected
     unequal = dataset([8, 8, 7, 8, 8, 8], base=3, steps=3)
-    assert plan.base_hash(rescaled, unequal) != plan.base_hash(plain, unequal)
-    assert plan.base_hash(separated, unequal) == plan.base_hash(plain, unequal)
+    assert base_hash.base_hash(rescaled, unequal) != base_hash.base_hash(plain, unequal)
+    assert base_hash.base_hash(separated, unequal) == base_hash.base_hash(
+        plain, unequal
+    )
 
 
 def test_the_base_hash_and_the_scenario():
     """Steps and the order of later classes do not count; the base classes do."""
-    expected = plan.base_hash(config(), DATA)
+    expected = base_hash.base_hash(config(), DATA)
 
     def found(**values):
-        return plan.base_hash(config(), dataclasses.replace(DATA, **values))
+        return base_hash.base_hash(config(), dataclasses.replace(DATA, **values))
 
     assert found(groups=class_groups(6, 3, 1)) == expected
     assert found(groups=class_groups(6, 2, 2)) != expected
@@ -411,7 +420,7 @@ def test_the_base_hash_and_the_scenario():
     # Weights count as numbers in the base step, whatever they are called.
     one = config()
     one.terms.softmax_ce = {"weight": 1.0}
-    assert plan.base_hash(one, DATA) == expected
+    assert base_hash.base_hash(one, DATA) == expected
 
 
 @pytest.fixture(scope="module")
@@ -457,7 +466,7 @@ def marks(images) -> set:
 
 
 def test_load_puts_the_classes_in_order(marked):
-    data = plan.load(marked())
+    data = load(marked())
     order = [3, 1, 5, 0, 2, 4]
     assert data.class_order.tolist() == order and data.num_classes == 6
     assert data.class_names == tuple(f"name{i}" for i in order)
@@ -473,9 +482,9 @@ def test_load_puts_the_classes_in_order(marked):
 
 
 def test_validation_fraction_evaluates_held_out_training_images(marked):
-    everything = marks(plan.load(marked()).train.images)
+    everything = marks(load(marked()).train.images)
     held_back = {"data__validation_fraction": 0.3, "memory__per_class": 2}
-    data = plan.load(marked(**held_back))
+    data = load(marked(**held_back))
     train, held = marks(data.train.images), marks(data.test.images)
     assert not train & held and train | held == everything
     assert all(test == 0 for _, _, test in held)
@@ -489,15 +498,15 @@ def test_validation_fraction_evaluates_held_out_training_images(marked):
         (data.test.images, data.test_labels),
     ):
         np.testing.assert_array_equal(order[labels], images[:, 0, 0, 0])
-    again = plan.load(marked(**held_back))
+    again = load(marked(**held_back))
     assert marks(again.test.images) == held
-    other = plan.load(marked(**held_back, seed=5))
+    other = load(marked(**held_back, seed=5))
     assert marks(other.test.images) != held
 
 
 def test_max_per_class_keeps_the_first_images_of_each_class(marked):
-    everything = plan.load(marked())
-    data = plan.load(marked(data__max_per_class=6))
+    everything = load(marked())
+    data = load(marked(data__max_per_class=6))
     np.testing.assert_array_equal(data.images_per_class, [6, 6, 5, 6, 6, 6])
     for position in range(6):
         own, all_own = (
@@ -505,7 +514,7 @@ def test_max_per_class_keeps_the_first_images_of_each_class(marked):
         )
         np.testing.assert_array_equal(own, all_own[: len(own)])
     assert len(data.test_labels) == 18  # test images are never cut
-    both = plan.load(
+    both = load(
         marked(
             data__max_per_class=6, data__validation_fraction=0.3, memory__per_class=2
         )
@@ -547,13 +556,13 @@ REFUSALS = [
 @pytest.mark.parametrize(("values", "message"), REFUSALS)
 def test_refusals(marked, values, message):
     with pytest.raises(UserError, match=message) as caught:
-        plan.load(marked(**values))
+        load(marked(**values))
     assert "\n" not in str(caught.value)
 
 
 def test_a_class_order_by_name(marked):
     expected = np.random.RandomState(1993).permutation(6)
-    found = plan.class_order(marked(scenario__class_order="seed1993"), 6)
+    found = class_order(marked(scenario__class_order="seed1993"), 6)
     np.testing.assert_array_equal(found, expected)
-    found = plan.class_order(marked(scenario__class_order="natural"), 6)
+    found = class_order(marked(scenario__class_order="natural"), 6)
     np.testing.assert_array_equal(found, np.arange(6))

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from bsce_jax import checkpoint, peers
+from bsce_jax.checkpoints import store
+from bsce_jax.hosts import peers
 from tests import process_worker, runs
 from tests.test_resume import newest
 
@@ -152,7 +153,7 @@ def ranking(workdir) -> np.ndarray:
     folder = workdir / "checkpoints"
     shape = jax.ShapeDtypeStruct((6, 3), np.int32)
     last = newest(workdir)
-    return checkpoint.restore(folder, last, {"ranking": shape}, partial=True).arrays[
+    return store.restore(folder, last, {"ranking": shape}, partial=True).arrays[
         "ranking"
     ]
 
@@ -224,7 +225,7 @@ def test_sigterm_at_different_moments_stops_all_at_one_update(baseline, undistur
     assert [process.returncode for process in processes] == [143, 143], printed
     (where,) = re.findall(r"stopped in step (\d) after update (\d+); saved", printed[0])
     step, update = map(int, where)
-    meta = checkpoint.read_meta(workdir / "checkpoints", newest(workdir))
+    meta = store.read_meta(workdir / "checkpoints", newest(workdir))
     assert (meta["step"], meta["history"]["updates"]) == (step, update)
     with together(baseline, workdir, EVERY_UPDATE) as processes:
         for process in processes:

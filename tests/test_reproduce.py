@@ -11,12 +11,22 @@ import time
 import pytest
 from etils import epath
 
-from bsce_jax import startup
 from bsce_jax.errors import UserError
+from bsce_jax.hosts.workdir import lock
 from bsce_jax.report import published
 from bsce_jax.report import results as results_file
 from bsce_jax.reproduce import __main__ as command
-from bsce_jax.reproduce import cells, manifest, process, runner
+from bsce_jax.reproduce import manifest, process, runner
+from bsce_jax.reproduce.tables import (
+    Cell,
+    Chosen,
+    Run,
+    by_base_step,
+    configs_folder,
+    cost,
+    expand,
+    share,
+)
 from tests import runs
 from tests.test_report import make_results
 
@@ -56,7 +66,7 @@ def small(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def chosen(small, tables=("table5",), **changes) -> cells.Chosen:
+def chosen(small, tables=("table5",), **changes) -> Chosen:
     values = {
         "tables": tuple(tables),
         "dataset": "cifar100",
@@ -65,13 +75,13 @@ def chosen(small, tables=("table5",), **changes) -> cells.Chosen:
         "seeds": 1,
         "files": {"cifar100": str(small)},
         "overrides": (),
-        "folder": cells.configs_folder(),
+        "folder": configs_folder(),
     }
-    return cells.Chosen(**{**values, **changes})
+    return Chosen(**{**values, **changes})
 
 
 def test_every_chosen_cell_has_its_runs_or_a_reason(small):
-    found = cells.expand(chosen(small, ("table1", "table5"), seeds=2))
+    found = expand(chosen(small, ("table1", "table5"), seeds=2))
     tables = published.load()
     expected = [
         (key, row.key, column.key)
@@ -89,7 +99,7 @@ def test_every_chosen_cell_has_its_runs_or_a_reason(small):
 
 
 def test_cells_of_one_configuration_share_their_run(small):
-    found = cells.expand(chosen(small, ("table1", "table5")))
+    found = expand(chosen(small, ("table1", "table5")))
     by_key = {(c.table, c.row, c.column): c.runs for c in found}
     (run,) = by_key["table5", "alpha-1.0", "5-average"]
     assert by_key["table5", "alpha-1.0", "5-final"] == (run,)
@@ -102,13 +112,13 @@ def test_cells_of_one_configuration_share_their_run(small):
 
 
 def test_a_cell_whose_configuration_is_refused_says_why(small):
-    found = cells.expand(
+    found = expand(
         chosen(small, ("table4",), overrides=("--config.memory.per_class=1",))
     )
     meta = {cell.missing for cell in found if cell.row.endswith("meta")}
     assert len(meta) == 1 and "at least 2 for prior=meta" in meta.pop()
     with pytest.raises(UserError, match=r"nothing can be run: config.optim.epochs=-1"):
-        cells.expand(chosen(small, overrides=("--config.optim.epochs=-1",)))
+        expand(chosen(small, overrides=("--config.optim.epochs=-1",)))
 
 
 @pytest.mark.parametrize(
@@ -131,17 +141,17 @@ def test_a_cell_whose_configuration_is_refused_says_why(small):
 )
 def test_a_wrong_choice_is_one_line(small, changes, message):
     with pytest.raises(UserError, match=message):
-        cells.expand(chosen(small, **changes))
+        expand(chosen(small, **changes))
 
 
-def fake(name: str, base: str, updates: int = 10, base_updates: int = 4) -> cells.Run:
-    return cells.Run(name, 0, (), f"hash of {name}", base, updates, base_updates)
+def fake(name: str, base: str, updates: int = 10, base_updates: int = 4) -> Run:
+    return Run(name, 0, (), f"hash of {name}", base, updates, base_updates)
 
 
 def test_shares_keep_base_steps_together_and_lose_nothing():
     all_runs = [fake(f"{b}{i}", b, 10 + i) for b in "abcde" for i in range(3)]
     for count in (1, 2, 3, 5):
-        parts = [cells.share(all_runs, i + 1, count) for i in range(count)]
+        parts = [share(all_runs, i + 1, count) for i in range(count)]
         assert sorted(r.name for part in parts for r in part) == sorted(
             r.name for r in all_runs
         )
@@ -154,17 +164,17 @@ def test_a_base_step_with_more_runs_than_a_share_is_cut():
     """Four runs of 96 updates and a base step of 4, beside one small run."""
     large = [fake(f"a{i}", "a", 100) for i in range(4)]
     all_runs = [*large, fake("b0", "b", 14)]
-    parts = [cells.share(all_runs, i + 1, 4) for i in range(4)]
+    parts = [share(all_runs, i + 1, 4) for i in range(4)]
     assert sorted(r.name for p in parts for r in p) == ["a0", "a1", "a2", "a3", "b0"]
     assert sorted(map(load, parts)) == [100, 100, 100, 114]
     weighed = [fake("a", "a", 100), *(fake(f"b{i}", f"b{i}", 10) for i in range(3))]
     wide = dataclasses.replace(weighed[1], pixels=10)
-    (first,), others = (cells.share([wide, *weighed[2:]], i, 2) for i in (1, 2))
+    (first,), others = (share([wide, *weighed[2:]], i, 2) for i in (1, 2))
     assert first == wide and len(others) == 2  # ten times the work of the others
 
 
 def load(part) -> int:
-    return sum(map(cells.cost, cells.by_base_step(part)))
+    return sum(map(cost, by_base_step(part)))
 
 
 # The runner, with scripts in place of runs.
@@ -219,7 +229,7 @@ def scripted(monkeypatch, tmp_path):
             arguments = [workdir, behaviours.get(run.name, "work")]
             return [sys.executable, str(script), *arguments, *([base] if base else [])]
 
-        monkeypatch.setattr(cells, "command", of)
+        monkeypatch.setattr(tables_module, "command", of)
         (tmp_path / "runs").mkdir(exist_ok=True)
         shown, states = [], []
         made = runner.Runner(
@@ -284,7 +294,7 @@ def test_a_workdir_that_another_process_has_is_waited_for(scripted, tmp_path):
     made, shown, _ = scripted([fake("a0", "a"), fake("a1", "a")])
     folder = tmp_path / "runs" / "a0"
     folder.mkdir()
-    with startup.lock(epath.Path(folder)):
+    with lock(epath.Path(folder)):
         made.work(time.monotonic() + 2.5, lambda: False)
         assert made.states == {"a0": "elsewhere", "a1": "to do"}
     assert "a0: runs in another process" in shown and not (tmp_path / "order").exists()
@@ -316,7 +326,7 @@ def test_progress_counts_a_shared_base_step_once(scripted, tmp_path):
 def test_a_run_of_another_configuration_in_the_way_is_refused(scripted, tmp_path):
     made, *_ = scripted([fake("a0", "a")])
     made.work(float("inf"), lambda: False)
-    other = cells.Run("a0", 0, (), "another hash", "a", 10, 4)
+    other = Run("a0", 0, (), "another hash", "a", 10, 4)
     with pytest.raises(UserError, match="a run of another configuration"):
         scripted([other])
 
@@ -343,7 +353,7 @@ ROWS = {"a": "il_baseline", "b": "lucir", "c": "podnet", "d": "il_baseline_meta"
 
 def listed(folder, *names: str, protocol="full", **states):
     found = [
-        cells.Cell("table1", ROWS.get(name, name), "cifar100-5", "", (fake(name, "a"),))
+        Cell("table1", ROWS.get(name, name), "cifar100-5", "", (fake(name, "a"),))
         for name in names
     ]
     manifest.write(folder, protocol, found, states)

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from bsce_jax import checkpoint
+from bsce_jax.checkpoints import store
 from bsce_jax.report import results as results_file
 from tests import runs
 
@@ -109,8 +109,8 @@ def test_sigterm_saves_and_the_run_goes_on(config, undisturbed):
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert re.search(r"stopped in step \d after update \d+; saved", errors)
-    number = checkpoint.numbers(workdir / "checkpoints")[-1]
-    before = checkpoint.read_meta(workdir / "checkpoints", number)
+    number = store.numbers(workdir / "checkpoints")[-1]
+    before = store.read_meta(workdir / "checkpoints", number)
     runs.run(config, workdir, *PRIOR)
     assert deterministic(workdir) == deterministic(undisturbed)
     times = runs.results(workdir)["steps"][before["step"]]["telemetry"]

@@ -16,9 +16,11 @@ import jax
 import pytest
 from etils import epath
 
-from bsce_jax import startup
-from bsce_jax.defaults import default_config
+from bsce_jax.config.fields import default_config
 from bsce_jax.errors import UserError
+from bsce_jax.hosts import jax_settings
+from bsce_jax.hosts.stop import StopSignal
+from bsce_jax.hosts.workdir import in_use, lock, open_workdir
 from tests import runs
 
 PATCHED = """
@@ -71,7 +73,7 @@ def test_flags_that_come_too_late_are_an_error(tmp_path):
     config = default_config()
     config.deterministic = True
     with pytest.raises(RuntimeError, match="XLA's flags are set too late"):
-        startup.configure_jax(config, epath.Path(tmp_path))
+        jax_settings.configure_jax(config, epath.Path(tmp_path))
 
 
 # Root may write anywhere, and nobody may not read this installation.
@@ -107,7 +109,7 @@ def test_a_workdir_that_is_a_file_is_an_error(tmp_path):
     path = tmp_path / "file"
     path.write_text("")
     with pytest.raises(UserError, match="file' cannot be written: File exists$"):
-        startup.open_workdir(epath.Path(path))
+        open_workdir(epath.Path(path))
 
 
 @pytest.mark.parametrize("free", [0, pytest.param(100, marks=pytest.mark.slow)])
@@ -161,7 +163,7 @@ def test_a_thread_that_hangs_does_not_keep_a_run_that_has_failed(config, tmp_pat
 def test_signals_after_a_stop_do_not_change_its_status():
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with startup.StopSignal() as stop:
+        with StopSignal() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.number == signal.SIGTERM
             stop.ignore()
@@ -170,7 +172,7 @@ def test_signals_after_a_stop_do_not_change_its_status():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    with startup.StopSignal():
+    with StopSignal():
         pass
     assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
 
@@ -179,7 +181,7 @@ def test_only_a_second_interrupt_ends_a_run_at_once():
     """A scheduler may tell every process of a job, and a parent its child again."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with startup.StopSignal() as stop:
+        with StopSignal() as stop:
             for _ in range(3):
                 os.kill(os.getpid(), signal.SIGTERM)
             assert stop.number == signal.SIGTERM
@@ -201,7 +203,7 @@ with startup.lock(epath.Path(sys.argv[1])):
 
 
 def test_a_workdir_is_locked_until_its_process_ends_however_it_ends(tmp_path):
-    assert not startup.in_use(tmp_path)
+    assert not in_use(tmp_path)
     with subprocess.Popen(
         [sys.executable, "-c", HOLDING, str(tmp_path)],
         cwd=runs.ROOT,
@@ -209,24 +211,24 @@ def test_a_workdir_is_locked_until_its_process_ends_however_it_ends(tmp_path):
         encoding="utf-8",
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
-        assert startup.in_use(tmp_path)
+        assert in_use(tmp_path)
         message = f"in use by another run \\(process {holder.pid} on "
         with (
             pytest.raises(UserError, match=message),
-            startup.lock(epath.Path(tmp_path)),
+            lock(epath.Path(tmp_path)),
         ):
             pass
         holder.kill()
-    assert not startup.in_use(tmp_path)
+    assert not in_use(tmp_path)
     for _ in range(2):
-        with startup.lock(epath.Path(tmp_path)):
-            assert startup.in_use(tmp_path)
-    assert not startup.in_use(tmp_path)
+        with lock(epath.Path(tmp_path)):
+            assert in_use(tmp_path)
+    assert not in_use(tmp_path)
 
 
 def test_object_stores_have_no_lock():
-    with startup.lock(epath.Path("gs://bucket/run")):
-        assert not startup.in_use("gs://bucket/run")
+    with lock(epath.Path("gs://bucket/run")):
+        assert not in_use("gs://bucket/run")
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
@@ -235,15 +237,15 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     monkeypatch.setattr(logging.getLogger("bsce_jax"), "propagate", True)
-    with startup.lock(epath.Path(tmp_path)):
+    with lock(epath.Path(tmp_path)):
         assert "cannot be locked" in caplog.text
-    assert not startup.in_use(tmp_path)
+    assert not in_use(tmp_path)
 
 
 def test_a_second_run_in_a_workdir_is_refused_in_one_line(config, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
-    with startup.lock(epath.Path(workdir)):
+    with lock(epath.Path(workdir)):
         done = patched("", config, workdir)
     assert done.returncode == 2
     assert f"--workdir={str(workdir)!r} is in use" in done.stderr.splitlines()[-1]

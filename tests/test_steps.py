@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 
-from bsce_jax import log_prior, meta_alpha, optim, parallel, steps, terms, updates
+from bsce_jax import log_prior, meta_alpha
+from bsce_jax.compute import optim, parallel, steps, updates
+from bsce_jax.compute.state import Images, Rows, Schedule, StepContext, TrainState
+from bsce_jax.config import terms
 from bsce_jax.data import augment
 from bsce_jax.losses import kd
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
-from bsce_jax.state import Images, Rows, Schedule, StepContext, TrainState
 from tests.tiny import TinyNet
 
 CLASSES, OLD, SEEN, BATCH, UPDATES = 6, 3, 5, 12, 3

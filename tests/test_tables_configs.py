@@ -8,12 +8,13 @@ import types
 import pytest
 from ml_collections import ConfigDict
 
-from bsce_jax.config import config_hash, flatten, resolve
-from bsce_jax.context import epsilon_count
-from bsce_jax.defaults import default_config
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.hashes import config_hash, flatten
+from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
 from bsce_jax.main import parse
 from bsce_jax.report import published
+from bsce_jax.run.context import epsilon_count
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 PUBLISHED = published.load()

@@ -19,13 +19,14 @@ import pytest
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2
 
-from bsce_jax import display, telemetry
+from bsce_jax.telemetry import bar, compiles, environment
+from bsce_jax.telemetry.events import Timeline
 
 # environment
 
 
 def test_environment() -> None:
-    found = telemetry.environment()
+    found = environment.environment()
     assert found["versions"]["jax"] == jax.__version__
     assert found["versions"]["numpy"] == np.__version__
     assert sys.version.startswith(found["versions"]["python"])
@@ -41,7 +42,7 @@ def test_commit(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None
     if shutil.which("git") is None:
         pytest.skip("no git")
     tracked, untracked = tmp_path / "tracked.py", tmp_path / "untracked.py"
-    assert telemetry.commit(tracked) is None  # no checkout
+    assert environment.commit(tracked) is None  # no checkout
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
 
     def git(*arguments: str) -> str:
@@ -61,14 +62,14 @@ def test_commit(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None
     git("tag", "v1")  # does not hide the hash
     untracked.write_text("1")
     head = git("rev-parse", "HEAD")
-    assert telemetry.commit(tracked) == head
-    assert telemetry.commit(untracked) is None  # installed inside someone's checkout
+    assert environment.commit(tracked) == head
+    assert environment.commit(untracked) is None  # installed inside someone's checkout
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))  # as in a git hook
-    assert telemetry.commit(tracked) == head
+    assert environment.commit(tracked) == head
     tracked.write_text("2")
-    assert telemetry.commit(tracked) == f"{head}-dirty"
+    assert environment.commit(tracked) == f"{head}-dirty"
     monkeypatch.setenv("PATH", "")
-    assert telemetry.commit(tracked) is None  # no git
+    assert environment.commit(tracked) is None  # no git
 
 
 # compiles
@@ -82,12 +83,12 @@ def test_compiles_are_counted_by_function_name() -> None:
         return jnp.cos(jitted(x))
 
     jitted = jax.jit(doubled_sine)
-    counts = telemetry.compile_counter()
+    counts = compiles.compile_counter()
     jitted(np.ones(3, np.float32))
     assert counts["doubled_sine"] == 1
     jitted(np.zeros(3, np.float32))
     assert counts["doubled_sine"] == 1
-    later = telemetry.compile_counter()
+    later = compiles.compile_counter()
     jitted(np.ones(5, np.float32))
     assert counts["doubled_sine"] == 2
     assert later == {"doubled_sine": 1}
@@ -96,7 +97,7 @@ def test_compiles_are_counted_by_function_name() -> None:
 
 
 def test_a_dropped_counter_costs_nothing() -> None:
-    counts = telemetry.compile_counter()
+    counts = compiles.compile_counter()
     del counts
 
     @jax.jit
@@ -124,7 +125,7 @@ print(len(hits), dict(counts))
 
 
 def test_a_hit_in_the_persistent_cache_counts(tmp_path: pathlib.Path) -> None:
-    root = pathlib.Path(telemetry.__file__).parents[1]
+    root = pathlib.Path(environment.__file__).parents[1]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     printed = [
         subprocess.run(
@@ -179,7 +180,7 @@ def points(folder: pathlib.Path) -> list[tuple[int, str, float]]:
 
 def test_events_can_be_read_back(tmp_path: pathlib.Path) -> None:
     folder = tmp_path / "made" / "events"
-    with contextlib.closing(telemetry.Timeline(folder)) as timeline:
+    with contextlib.closing(Timeline(folder)) as timeline:
         timeline.scalars(10, {"loss": 0.5, "images/s": 1000})
         timeline.scalars(20, {"loss": np.float32(0.25), "alpha": jnp.float32(2)})
     timeline.scalars(30, {"loss": 1.0})  # closed: dropped
@@ -193,13 +194,13 @@ def test_events_can_be_read_back(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_resumed_run_shows_no_point_twice(tmp_path: pathlib.Path) -> None:
-    killed = telemetry.Timeline(tmp_path)
+    killed = Timeline(tmp_path)
     for update in (10, 20, 30, 40):
         killed.scalars(update, {"loss": 1.0})
     killed.close()  # rather: killed, in the middle of a record
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-5])
-    with contextlib.closing(telemetry.Timeline(tmp_path, update=25)) as resumed:
+    with contextlib.closing(Timeline(tmp_path, update=25)) as resumed:
         for update in (30, 40, 50):
             resumed.scalars(update, {"loss": 2.0})
     assert points(tmp_path) == [
@@ -212,7 +213,7 @@ def test_a_resumed_run_shows_no_point_twice(tmp_path: pathlib.Path) -> None:
 
 
 def test_flushed_events_survive_a_kill(tmp_path: pathlib.Path) -> None:
-    timeline = telemetry.Timeline(tmp_path)
+    timeline = Timeline(tmp_path)
     timeline.scalars(1, {"loss": 1.0})
     timeline.flush()
     assert points(tmp_path) == [(1, "loss", 1.0)]  # with the file still open
@@ -223,7 +224,7 @@ def test_events_are_written_by_the_first_process_only(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with contextlib.closing(telemetry.Timeline(tmp_path / "events")) as timeline:
+    with contextlib.closing(Timeline(tmp_path / "events")) as timeline:
         timeline.scalars(1, {"loss": 1.0})
         timeline.flush()
     assert not list(tmp_path.iterdir())
@@ -237,7 +238,7 @@ def test_a_full_disk_ends_the_events_not_the_run(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    timeline = telemetry.Timeline(tmp_path)
+    timeline = Timeline(tmp_path)
     monkeypatch.setattr(os, "fsync", full)
     for update in range(3):
         timeline.scalars(update, {"loss": 1.0})
@@ -251,9 +252,7 @@ def test_an_unwritable_folder_means_no_events_and_no_error(
     tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    with contextlib.closing(
-        telemetry.Timeline(tmp_path / "file" / "events")
-    ) as timeline:
+    with contextlib.closing(Timeline(tmp_path / "file" / "events")) as timeline:
         timeline.scalars(1, {"loss": 1.0})
         timeline.flush()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -282,7 +281,7 @@ def test_elsewhere_progress_is_a_log_line_now_and_then(
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock, stream = Clock(), io.StringIO()
     with contextlib.closing(
-        display.Progress(1000, done=100, seconds=10.0, stream=stream, clock=clock)
+        bar.Progress(1000, done=100, seconds=10.0, stream=stream, clock=clock)
     ) as progress:
         for update in range(300):
             clock.seconds += 0.125
@@ -302,7 +301,7 @@ def test_elsewhere_progress_is_a_log_line_now_and_then(
 
 def test_the_pace_is_that_of_the_last_minute() -> None:
     clock = Clock()
-    progress = display.Progress(10**6, seconds=5.0, enabled=True, clock=clock)
+    progress = bar.Progress(10**6, seconds=5.0, enabled=True, clock=clock)
     assert progress.images_per_second == 0.0
     for speed in (100, 1000):
         for _ in range(120):
@@ -315,7 +314,7 @@ def test_the_pace_is_that_of_the_last_minute() -> None:
 def test_progress_on_a_terminal_is_a_bar() -> None:
     clock, stream = Clock(), Terminal()
     with contextlib.closing(
-        display.Progress(100, done=40, stream=stream, clock=clock)
+        bar.Progress(100, done=40, stream=stream, clock=clock)
     ) as progress:
         for _ in range(10):
             clock.seconds += 1.0
@@ -332,7 +331,7 @@ def test_a_bar_does_not_log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock = Clock()
     with contextlib.closing(
-        display.Progress(10, stream=Terminal(), clock=clock)
+        bar.Progress(10, stream=Terminal(), clock=clock)
     ) as progress:
         clock.seconds += 100.0
         progress.advance(1, images=1)
@@ -354,7 +353,7 @@ def test_progress_never_waits_for_a_loss(caplog: pytest.LogCaptureFixture) -> No
 
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock = Clock()
-    with contextlib.closing(display.Progress(10, seconds=1.0, clock=clock)) as progress:
+    with contextlib.closing(bar.Progress(10, seconds=1.0, clock=clock)) as progress:
         for value, ready in ((3.0, True), (2.0, True), (1.0, False)):
             progress.advance(1, images=1, loss=Loss(value, ready))
         clock.seconds += 1.0
@@ -369,9 +368,7 @@ def test_other_processes_show_nothing(
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     caplog.set_level(logging.INFO, logger="bsce_jax")
     clock, stream = Clock(), Terminal()
-    with contextlib.closing(
-        display.Progress(10, stream=stream, clock=clock)
-    ) as progress:
+    with contextlib.closing(bar.Progress(10, stream=stream, clock=clock)) as progress:
         clock.seconds += 100.0
         progress.advance(1, images=100, loss=1.0)
         progress.note("note")
@@ -384,7 +381,7 @@ def test_other_processes_show_nothing(
     [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3723, "1:02:03")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert display._duration(seconds) == text
+    assert bar._duration(seconds) == text
 
 
 def test_a_pass_that_takes_long_is_shown(
@@ -392,20 +389,20 @@ def test_a_pass_that_takes_long_is_shown(
 ) -> None:
     caplog.set_level(logging.INFO, logger="bsce_jax")
     batches = iter("abc")
-    assert list(display.passing(batches, 25, 10, "features", 0.0)) == list("abc")
+    assert list(bar.passing(batches, 25, 10, "features", 0.0)) == list("abc")
     lines = [record.getMessage() for record in caplog.records]
     assert lines == ["features: 10/25 images", "features: 20/25 images"]
     caplog.clear()
-    assert list(display.passing("abc", 25, 10, "features")) == list("abc")  # short
+    assert list(bar.passing("abc", 25, 10, "features")) == list("abc")  # short
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    assert list(display.passing("abc", 25, 10, "features", 0.0)) == list("abc")
+    assert list(bar.passing("abc", 25, 10, "features", 0.0)) == list("abc")
     assert not caplog.records
 
 
 def test_a_pass_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
-    for number, _ in enumerate(display.passing("abc", 25, 10, "features", 0.01)):
+    for number, _ in enumerate(bar.passing("abc", 25, 10, "features", 0.01)):
         time.sleep(0.15)
         assert ("features" in stream.getvalue()) == (number > 0)
     assert "80%" in stream.getvalue()

@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from bsce_jax import feed, log_prior, optim, parallel, programs, training
-from bsce_jax.config import resolve
+from bsce_jax import log_prior
+from bsce_jax.compute import optim, parallel
+from bsce_jax.compute.state import Images, StepContext, TrainState
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.resolve import resolve
 from bsce_jax.data import batches
-from bsce_jax.defaults import default_config
 from bsce_jax.errors import UserError
-from bsce_jax.plan import StepData
-from bsce_jax.state import Images, StepContext, TrainState
+from bsce_jax.run import feed, loop, programs
+from bsce_jax.run.phases import StepData
 from tests.tiny import TinyNet
 
 CLASSES, OLD, SEEN = 6, 2, 5
@@ -41,7 +43,7 @@ def config(**values) -> ConfigDict:
     return resolve(c)
 
 
-def plan(step=1, meta=False, images=11, batch_size=4, **changes) -> training.Plan:
+def plan(step=1, meta=False, images=11, batch_size=4, **changes) -> loop.Plan:
     """Three epochs of three updates, the last batch of an epoch partial."""
     values = {
         "phase": "main",
@@ -56,7 +58,7 @@ def plan(step=1, meta=False, images=11, batch_size=4, **changes) -> training.Pla
         "held_out_batch_size": 6,
         **changes,
     }
-    return training.Plan(**values)
+    return loop.Plan(**values)
 
 
 def test_a_plan_counts_partial_batches():
@@ -83,15 +85,15 @@ def test_make_plan_takes_the_lengths_and_rates_of_its_step():
         optim__base_milestones=(2,),
         optim__batch_size=7,
     )
-    base = training.make_plan(c, step_data(0))
+    base = loop.make_plan(c, step_data(0))
     assert (base.epochs, base.learning_rates) == (3, (1.0, 1.0, 0.5))
-    later = training.make_plan(c, step_data(2))
+    later = loop.make_plan(c, step_data(2))
     assert later.epochs == 4 and later.learning_rates == (0.2, 0.1, 0.1, 0.05)
     assert (later.seed, later.step, later.batch_size) == (9, 2, 7)
     assert later.updates == 4 * 3
     np.testing.assert_array_equal(later.train, np.arange(20))
     assert base.alpha_every == later.alpha_every == 0
-    meta = training.make_plan(c, step_data(2, held_out=5))
+    meta = loop.make_plan(c, step_data(2, held_out=5))
     assert (meta.alpha_every, meta.held_out_batch_size) == (2, 6)
     np.testing.assert_array_equal(meta.held_out, np.arange(20, 25))
 
@@ -106,12 +108,12 @@ def test_the_plan_of_fine_tuning_goes_on_where_the_main_training_ended():
         finetune__milestones=(2,),
     )
     data = dataclasses.replace(step_data(2), phase="finetune")
-    tuned = training.make_plan(c, data)
+    tuned = loop.make_plan(c, data)
     assert (tuned.phase, tuned.epochs, tuned.first_epoch) == ("finetune", 3, 4)
     assert tuned.learning_rates == (0.3, 0.3, 0.15)  # not the cosine
-    main = training.make_plan(c, step_data(2))
+    main = loop.make_plan(c, step_data(2))
     assert main.learning_rates[:2] == (0.1, 0.1) and main.learning_rates[3] < 0.06
-    recorder, history = Recorder(), training.History()
+    recorder, history = Recorder(), loop.History()
     fit(recorder, tuned, history)
     assert {call.name for call in recorder.calls} == {"finetune_update"}
     epochs = [int(call.schedule.epoch[0]) for call in recorder.calls]
@@ -166,7 +168,7 @@ def fit(recorder, plan, history=None, *, state=None, wanted=(), stop_after=math.
     `wanted` are the numbers of updates in the history at which it is time to save, and
     `stop_after` the number of calls after which the run is asked to stop.
     """
-    history = training.History() if history is None else history
+    history = loop.History() if history is None else history
     saves, images, calls = [], [], 0
 
     def after_call(seen, n):
@@ -182,7 +184,7 @@ def fit(recorder, plan, history=None, *, state=None, wanted=(), stop_after=math.
         calls += 1
         return 15 if calls >= stop_after else 0
 
-    result = training.fit(
+    result = loop.fit(
         recorder,
         {"done": history.updates} if state is None else state,
         "context",
@@ -311,7 +313,7 @@ def test_a_save_holds_a_state_and_the_history_that_belongs_to_it(updates_per_cal
 @pytest.mark.parametrize("calls", range(1, 9))
 def test_stop_saves_first_and_the_run_goes_on_as_if_undisturbed(calls):
     planned = plan(meta=True)
-    history = training.History()
+    history = loop.History()
     saves: list = []
 
     def save(state, seen):
@@ -319,10 +321,10 @@ def test_stop_saves_first_and_the_run_goes_on_as_if_undisturbed(calls):
 
     number = iter(range(1, 100))
     with pytest.raises(
-        training.StopRequested,
+        loop.StopRequested,
         match=f"stopped in step 1 after update {calls + 1}; saved",
     ) as stopped:
-        training.fit(
+        loop.fit(
             (recorder := Recorder()),
             {"done": 0},
             "context",
@@ -337,7 +339,7 @@ def test_stop_saves_first_and_the_run_goes_on_as_if_undisturbed(calls):
     assert stopped.value.number == 15
     ((state, saved),) = saves
     assert state["done"] == saved["updates"] == calls + 1
-    resumed = training.History(**json.loads(json.dumps(saved)))
+    resumed = loop.History(**json.loads(json.dumps(saved)))
     recorder = Recorder()
     result, resumed, _, _ = fit(recorder, planned, resumed)
     assert result["done"] == 9 and [c.first for c in recorder.calls] == [
@@ -349,7 +351,7 @@ def test_stop_saves_first_and_the_run_goes_on_as_if_undisturbed(calls):
 
 def test_a_finished_step_is_not_trained_again():
     recorder = Recorder()
-    history = training.History(updates=9, loss=[1.0, 2.0, 3.0])
+    history = loop.History(updates=9, loss=[1.0, 2.0, 3.0])
     result, history, saves, images = fit(recorder, plan(), history)
     assert result == {"done": 9} and not (recorder.calls or saves or images)
 
@@ -358,8 +360,8 @@ def test_a_finished_step_is_not_trained_again():
 @pytest.mark.parametrize(("updates_per_call", "bad"), [(1, 0), (1, 5), (4, 6), (1, 8)])
 def test_a_loss_that_is_not_finite_stops_training(loss, updates_per_call, bad):
     recorder = Recorder(updates_per_call, bad=bad, loss=loss)
-    history = training.History()
-    with pytest.raises(training.NotFiniteError) as caught:
+    history = loop.History()
+    with pytest.raises(loop.NotFiniteError) as caught:
         fit(recorder, plan(step=7), history)
     assert str(caught.value) == f"the loss is {loss} in step 7 at update {bad}"
     assert isinstance(caught.value, UserError)
@@ -374,15 +376,15 @@ def test_a_network_that_is_not_finite_stops_training(updates_per_call, broken):
     recorder = Recorder(updates_per_call, broken=broken)
     last = broken // updates_per_call * updates_per_call + updates_per_call - 1
     message = f"the network is not finite in step 7 after update {min(last, 8)}"
-    with pytest.raises(training.NotFiniteError, match=message):
+    with pytest.raises(loop.NotFiniteError, match=message):
         fit(recorder, plan(step=7))
 
 
 def saved(recorder, due) -> list[int]:
     """Updates at each save of a run; `due` is given those done and those saved."""
-    history, saves = training.History(), [0]
-    with contextlib.suppress(training.NotFiniteError):
-        training.fit(
+    history, saves = loop.History(), [0]
+    with contextlib.suppress(loop.NotFiniteError):
+        loop.fit(
             recorder,
             {"done": 0},
             "context",
@@ -477,7 +479,7 @@ def example(name: str) -> tuple:
     return state, context, Images(images, labels.astype(np.int32))
 
 
-def small_plan(meta: bool) -> training.Plan:
+def small_plan(meta: bool) -> loop.Plan:
     held_out = np.arange(SEEN, dtype=np.int32) if meta else None
     changes = {"held_out": held_out} if meta else {}
     train = np.arange(SEEN, SEEN + 11, dtype=np.int32)
@@ -486,12 +488,12 @@ def small_plan(meta: bool) -> training.Plan:
 
 def train(built, arguments, plan, history=None, stop_after=math.inf):
     """Runs real training; returns the state and history at the end or at the stop."""
-    history = training.History() if history is None else history
+    history = loop.History() if history is None else history
     state, context, data = parallel.replicate(built.parallel, arguments)
     saved: list = []
     number = iter(range(1, 100))
     try:
-        state = training.fit(
+        state = loop.fit(
             built,
             state,
             context,
@@ -503,7 +505,7 @@ def train(built, arguments, plan, history=None, stop_after=math.inf):
             save=lambda state, history: saved.append(jax.device_get(state)),
             stop=lambda: 15 * (next(number) >= stop_after),
         )
-    except training.StopRequested:
+    except loop.StopRequested:
         (state,) = saved
     return jax.device_get(state), history
 
@@ -601,9 +603,7 @@ def test_a_run_resumed_at_any_update_has_the_same_bits(built, updates_per_call):
         state, history = train(made, arguments, planned, stop_after=calls - 1)
         assert history.updates == calls * updates_per_call
         assert not same_bits(state.params, expected.params)
-        history = training.History(
-            **json.loads(json.dumps(dataclasses.asdict(history)))
-        )
+        history = loop.History(**json.loads(json.dumps(dataclasses.asdict(history))))
         found, history = train(made, (state, *arguments[1:]), planned, history)
         assert same_bits(found, expected) and history == undisturbed
 

@@ -17,10 +17,12 @@ import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
-from bsce_jax import checkpoint, startup, telemetry
-from bsce_jax.checkpoint_writer import Writer
+from bsce_jax.checkpoints import store
+from bsce_jax.checkpoints.writer import Writer
 from bsce_jax.errors import UserError
+from bsce_jax.hosts.workdir import open_workdir
 from bsce_jax.report import plots, results
+from bsce_jax.telemetry.events import Timeline
 from tests import runs
 from tests.example_page import make_run
 
@@ -93,7 +95,7 @@ def tree(number: int) -> dict[str, np.ndarray]:
     return {"w": np.full(5000, number, np.float32), "n": np.int32(number).reshape(())}
 
 
-def check(restored: checkpoint.Restored | None, number: int) -> None:
+def check(restored: store.Restored | None, number: int) -> None:
     """It is the whole of this number."""
     assert restored is not None and restored.number == number
     for leaf in restored.arrays.values():
@@ -105,7 +107,7 @@ def check(restored: checkpoint.Restored | None, number: int) -> None:
 
 def test_checkpoints(bucket: Bucket) -> None:
     folder = epath.Path("gs://bucket/checkpoints")
-    assert checkpoint.numbers(folder) == [] and checkpoint.latest(folder, {}) is None
+    assert store.numbers(folder) == [] and store.latest(folder, {}) is None
     written: list[int] = []
     with Writer() as writer:
         for number in range(6):
@@ -118,40 +120,40 @@ def test_checkpoints(bucket: Bucket) -> None:
                 then=lambda meta: written.append(meta["number"]),
             )
     assert written == [0, 1, 2, 3, 4, 5]
-    assert checkpoint.numbers(folder) == [1, 4, 5]
+    assert store.numbers(folder) == [1, 4, 5]
     assert {name.split("/")[0] for name in bucket.names("checkpoints")} == set("145")
-    check(checkpoint.latest(folder, tree(0)), 5)
-    check(checkpoint.restore(folder, 1, tree(0)), 1)
-    assert checkpoint.read_meta(folder, 4) == {"number": 4, "permanent": False}
-    with pytest.raises(checkpoint.CheckpointError, match="5 exists"):
-        checkpoint.save(folder, 5, tree(5), {})
+    check(store.latest(folder, tree(0)), 5)
+    check(store.restore(folder, 1, tree(0)), 1)
+    assert store.read_meta(folder, 4) == {"number": 4, "permanent": False}
+    with pytest.raises(store.CheckpointError, match="5 exists"):
+        store.save(folder, 5, tree(5), {})
 
 
 def test_a_write_or_deletion_cut_short(bucket: Bucket) -> None:
     """Without its last object a folder is no checkpoint, and goes with the next."""
     folder = epath.Path("gs://bucket/short")
     for number in (0, 1):
-        checkpoint.save(folder, number, tree(number), {})
+        store.save(folder, number, tree(number), {})
     (folder / "1/commit_success.txt").unlink()
     stale = set(bucket.names("short/1"))
-    assert checkpoint.numbers(folder) == [0]
-    check(checkpoint.latest(folder, tree(0)), 0)
-    checkpoint.save(folder, 2, tree(2), {})
-    assert checkpoint.numbers(folder) == [0, 2]
+    assert store.numbers(folder) == [0]
+    check(store.latest(folder, tree(0)), 0)
+    store.save(folder, 2, tree(2), {})
+    assert store.numbers(folder) == [0, 2]
     assert stale and bucket.names("short/1") == []
 
 
 def test_a_damaged_checkpoint(bucket: Bucket, caplog: Any) -> None:
     folder = epath.Path("gs://bucket/damaged")
     for number in (0, 1):
-        checkpoint.save(folder, number, tree(number), {})
+        store.save(folder, number, tree(number), {})
     manifest = json.loads((folder / "1/manifest/data.json").read_text())
     manifest["meta"]["x"] = 1
     (folder / "1/manifest/data.json").write_text(json.dumps(manifest))
-    check(checkpoint.latest(folder, tree(0)), 0)
+    check(store.latest(folder, tree(0)), 0)
     assert "1 is damaged: checksum of its JSON" in caplog.text
-    checkpoint.save(folder, 1, tree(1), {})
-    check(checkpoint.latest(folder, tree(0)), 1)
+    store.save(folder, 1, tree(1), {})
+    check(store.latest(folder, tree(0)), 1)
     first = {name.split("/")[0] for name in bucket.names("damaged")}
     assert first == {"0", "1", "1.damaged"}
 
@@ -188,7 +190,7 @@ def events(data: bytes) -> list[Any]:
 
 def test_tensorboard_events(bucket: Bucket) -> None:
     folder = epath.Path("gs://bucket/tensorboard")
-    with contextlib.closing(telemetry.Timeline(folder, update=3)) as timeline:
+    with contextlib.closing(Timeline(folder, update=3)) as timeline:
         (name,) = bucket.names("tensorboard")
         timeline.scalars(4, {"train/loss": 0.5})
         timeline.flush()
@@ -211,7 +213,7 @@ def test_a_store_that_refuses(
         raise ClientError("403\nno permission")
 
     folder = epath.Path("gs://bucket/refused")
-    timeline = telemetry.Timeline(folder)
+    timeline = Timeline(folder)
     monkeypatch.setattr(type(folder), "write_bytes", refuse)
     with pytest.raises(UserError) as caught:
         results.write(folder, make_run())
@@ -226,8 +228,8 @@ def test_a_store_that_refuses(
     assert warning.startswith("no more TensorBoard events: gs://bucket/refused/")
     assert warning.endswith(": 403 no permission")
     monkeypatch.setattr(type(folder), "mkdir", refuse)
-    with pytest.raises(checkpoint.CheckpointError) as caught:
-        checkpoint.save(folder, 0, tree(0), {})
+    with pytest.raises(store.CheckpointError) as caught:
+        store.save(folder, 0, tree(0), {})
     assert str(caught.value).endswith("0: ClientError: 403 no permission")
 
 
@@ -256,7 +258,7 @@ def test_a_whole_run(
 
 
 def test_a_bucket_is_written_to_before_a_run_begins(bucket: Bucket) -> None:
-    startup.open_workdir(epath.Path("gs://bucket/opened"))
+    open_workdir(epath.Path("gs://bucket/opened"))
     assert bucket.names("opened") in ([], [""])  # the file is removed again
     with pytest.raises(UserError, match="'gs://other/run' cannot be written: FileNot"):
-        startup.open_workdir(epath.Path("gs://other/run"))
+        open_workdir(epath.Path("gs://other/run"))

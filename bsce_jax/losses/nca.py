@@ -13,7 +13,7 @@ from bsce_jax.losses.softmax_ce import rescaled
 NEEDS_SIMILARITIES = True
 """The term reads what a cosine or local similarity head gives besides its logits."""
 CLASSIFICATION = True
-"""Another classification loss may take its place: see `bsce_jax.terms.with_prior`."""
+"""Another classification loss may take its place: see `config.terms.with_prior`."""
 
 
 def nca(

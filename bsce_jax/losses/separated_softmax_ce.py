@@ -10,7 +10,7 @@ from bsce_jax.log_prior import EXCLUDED
 from bsce_jax.losses.softmax_ce import rescaled, softmax_cross_entropy
 
 CLASSIFICATION = True
-"""Another classification loss may take its place: see `bsce_jax.terms.with_prior`."""
+"""Another classification loss may take its place: see `config.terms.with_prior`."""
 
 WITHOUT_OLD_CLASSES = "softmax_ce"
 """What the term is in the base step, which runs with either can therefore share."""

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 CLASSIFICATION = True
-"""Another classification loss may take its place: see `bsce_jax.terms.with_prior`."""
+"""Another classification loss may take its place: see `config.terms.with_prior`."""
 
 
 def softmax_cross_entropy(

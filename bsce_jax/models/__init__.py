@@ -8,14 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from bsce_jax.errors import UserError
-from bsce_jax.models import (
-    batch_norm,
-    convolution,
-    heads,
-    podnet,
-    resnet,
-    resnet_cifar,
-)
+from bsce_jax.models import batch_norm, convolution, heads, podnet, resnet, resnet_cifar
 
 __all__ = [
     "batch_norm",

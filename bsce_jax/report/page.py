@@ -55,8 +55,8 @@ def write(output: epath.PathLike) -> None:
     Raises:
       UserError: there is no valid manifest, or a file cannot be written.
     """
-    from bsce_jax.config import flatten
-    from bsce_jax.defaults import default_config
+    from bsce_jax.config.fields import default_config
+    from bsce_jax.config.hashes import flatten
     from bsce_jax.report import published
 
     folder = epath.Path(output)

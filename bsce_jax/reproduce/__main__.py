@@ -7,11 +7,10 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
-from bsce_jax import startup
-from bsce_jax.config import is_hashed
+from bsce_jax.config.hashes import is_hashed
 from bsce_jax.errors import UserError
-from bsce_jax.reproduce import cells as tables
-from bsce_jax.reproduce import manifest, runner
+from bsce_jax.hosts.stop import StopSignal
+from bsce_jax.reproduce import manifest, runner, tables
 from bsce_jax.reproduce.process import absolute
 
 PAGE_SECONDS = 300.0  # least time between two versions of the report
@@ -184,7 +183,7 @@ def reproduce(options: argparse.Namespace) -> int:
     work = runner.Runner(mine, output, options.jobs, _show, changed)
     limit = options.limit_seconds
     deadline = began + limit - runner.GRACE if limit else float("inf")
-    with startup.StopSignal() as stop, contextlib.suppress(KeyboardInterrupt):
+    with StopSignal() as stop, contextlib.suppress(KeyboardInterrupt):
         work.work(deadline, lambda: stop.number != 0)
     left = [name for name, state in work.states.items() if state != "done"]
     print(f"{len(mine) - len(left)} of {len(mine)} runs done; {output / 'report.html'}")

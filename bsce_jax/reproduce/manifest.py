@@ -7,13 +7,13 @@ from typing import Any
 
 from etils import epath
 
-from bsce_jax import startup
 from bsce_jax.errors import UserError
+from bsce_jax.hosts.workdir import in_use
 from bsce_jax.report import published
 from bsce_jax.report import results as results_file
-from bsce_jax.reproduce import cells as tables
-from bsce_jax.reproduce.cells import Cell
+from bsce_jax.reproduce import tables
 from bsce_jax.reproduce.process import workdir
+from bsce_jax.reproduce.tables import Cell
 
 NAME = "manifest.json"
 
@@ -93,7 +93,7 @@ def _runs(cells: Any) -> list[dict[str, Any]]:
 def _status(output: pathlib.Path, name: str, before: str | None) -> str:
     """The status of another process's run: only a failure is nowhere on the disk."""
     folder = output / workdir(name)
-    if startup.in_use(folder):
+    if in_use(folder):
         return "running"
     try:
         if results_file.read(folder)["status"] == "done":

@@ -7,8 +7,8 @@ import shlex
 import signal
 import subprocess
 
-from bsce_jax.reproduce import cells
-from bsce_jax.reproduce.cells import Run
+from bsce_jax.reproduce import tables
+from bsce_jax.reproduce.tables import Run
 
 _UPDATES = re.compile(r"(\d+)/\d+ updates")
 
@@ -28,9 +28,9 @@ class Process:
         self.run, self.first, self.told = run, 0, False
         self.log = log_file(output, run.name)
         self.log.parent.mkdir(exist_ok=True)
-        command = cells.command(run, workdir(run.name), base and workdir(base))
+        command = tables.command(run, workdir(run.name), base and workdir(base))
         # In the output folder, so that what a run writes names no other folder.
-        paths = [str(cells.SOURCE), os.environ.get("PYTHONPATH", "")]
+        paths = [str(tables.SOURCE), os.environ.get("PYTHONPATH", "")]
         environment = {
             "JAX_COMPILATION_CACHE_DIR": str(output / "compiled"),
             **os.environ,

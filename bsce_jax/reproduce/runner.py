@@ -5,18 +5,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bsce_jax import startup
-from bsce_jax.config import differences
+from bsce_jax.config.hashes import differences
 from bsce_jax.errors import UserError
+from bsce_jax.hosts.workdir import in_use
 from bsce_jax.report import results as results_file
-from bsce_jax.reproduce import cells as tables
-from bsce_jax.reproduce.cells import Run
-from bsce_jax.reproduce.process import (
-    Process,
-    log_file,
-    logged_updates,
-    workdir,
-)
+from bsce_jax.reproduce import tables
+from bsce_jax.reproduce.process import Process, log_file, logged_updates, workdir
+from bsce_jax.reproduce.tables import Run
 
 GRACE = 60.0  # seconds that runs get to save and end
 LOOK_SECONDS = 1.0  # from one look at the runs to the next
@@ -116,7 +111,7 @@ class Runner:
             return "done", ""
         if process.told or stop():
             return "to do", ""
-        if startup.in_use(folder):  # somebody started it at the same time
+        if in_use(folder):  # somebody started it at the same time
             return "elsewhere", ""
         return "failed", f", {process.end} (see {process.log})"
 
@@ -129,7 +124,7 @@ class Runner:
         for run in self._runs:
             if self.states[run.name] not in ("to do", "elsewhere"):
                 continue
-            if startup.in_use(self._output / workdir(run.name)):
+            if in_use(self._output / workdir(run.name)):
                 if self.states[run.name] == "to do":
                     self._show(f"{run.name}: runs in another process")
                 self.states[run.name] = "elsewhere"

@@ -1,0 +1,1 @@
+"""What gets compiled: state, steps, updates, optimisers, devices; no configuration."""

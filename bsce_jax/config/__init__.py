@@ -1,0 +1,9 @@
+"""What may be set, and what follows from it.
+
+Configuration files in configs/ need the names below and no others.
+"""
+
+from bsce_jax.config.fields import default_config
+from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
+
+__all__ = ["COMMON_ARGUMENTS", "apply_arguments", "default_config", "method_module"]

@@ -1,0 +1,1 @@
+"""This process and the others: joining, watching, folders, signals, settings."""

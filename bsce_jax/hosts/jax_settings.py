@@ -1,0 +1,55 @@
+"""JAX's settings of a run, before anything is computed."""
+
+import logging
+import os
+import warnings
+
+import jax
+from etils import epath
+from jax._src import xla_bridge
+from ml_collections import ConfigDict
+
+logger = logging.getLogger("bsce_jax")
+
+
+DETERMINISTIC_FLAGS = ("--xla_gpu_deterministic_ops=true",)
+
+
+def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
+    """Applies the configuration's JAX settings; before joining other processes.
+
+    Args:
+      config: resolved configuration.
+      workdir: where compiled programs are kept, if config.compile_cache and unless
+        JAX_COMPILATION_CACHE_DIR names another folder. It need not exist yet.
+
+    Raises:
+      RuntimeError: config.deterministic, but JAX has read its flags already.
+    """
+    if config.deterministic:
+        _add_xla_flags(workdir)
+    jax.config.update("jax_default_matmul_precision", config.matmul_precision)
+    if config.compile_cache:
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # A cache that cannot be written costs time, not results.
+        warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
+
+
+def _add_xla_flags(workdir: epath.Path) -> None:
+    if xla_bridge.backends_are_initialized():
+        raise RuntimeError("XLA's flags are set too late: it has read them already")
+    flags = list(DETERMINISTIC_FLAGS)
+    if "://" in str(workdir):
+        logger.warning(
+            "config.deterministic=True: XLA keeps its choice of kernels in a local "
+            "folder only, not in %s; another machine may choose others",
+            workdir,
+        )
+    else:
+        # Autotuning picks kernels by timing: its choices must be kept with the run.
+        folder = workdir / "autotune"
+        flags.append(f"--xla_gpu_per_fusion_autotune_cache_dir={folder}")
+    known = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = " ".join([known, *flags]).strip()

@@ -1,0 +1,111 @@
+"""Prepares the process for a run: JAX's settings, the workdir, signals."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from bsce_jax.config.hashes import config_hash
+from bsce_jax.errors import UserError
+
+logger = logging.getLogger("bsce_jax")
+_LOCK = ".lock"
+
+
+def workdir_path(config: ConfigDict, workdir: str) -> epath.Path:
+    """The run's folder; "" stands for runs/<name>-seed<seed>-<hash>."""
+    if not workdir:
+        short = config_hash(config)[:8]
+        workdir = f"runs/{config.name}-seed{config.seed}-{short}"
+    if "://" in workdir:
+        return epath.Path(workdir)
+    return epath.Path(workdir).expanduser().resolve()
+
+
+def open_workdir(path: epath.Path) -> None:
+    """Makes the run's folder; the first process also tries to write there.
+
+    Raises:
+      UserError: it cannot be made, or not be written.
+    """
+    where = f"--workdir={os.fspath(path)!r}"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            _write_and_remove(path / f".probe-{os.getpid()}")
+    except ImportError:
+        raise UserError(f"{where} needs gcsfs: pip install 'bsce_jax[gcs]'") from None
+    except Exception as error:  # each object store has its own
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = getattr(error, "strerror", None) or text
+        raise UserError(f"{where} cannot be written: {reason}") from None
+
+
+def _write_and_remove(path: epath.Path) -> None:
+    try:
+        path.write_bytes(b"probe")
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def lock(workdir: epath.Path) -> Iterator[None]:
+    """Keeps other runs out of a workdir until this process ends, however it ends.
+
+    Two runs in one workdir would spoil each other's checkpoints. Object stores have no
+    such locks; where a file system has none, a log line says so.
+
+    Raises:
+      UserError: another run has it.
+    """
+    if "://" in os.fspath(workdir):
+        yield
+        return
+    with (workdir / _LOCK).open("a") as file:
+        try:
+            _acquire(file.fileno())
+        except BlockingIOError:
+            owner = " ".join((workdir / _LOCK).read_text().split())
+            raise UserError(
+                f"--workdir={os.fspath(workdir)!r} is in use by another run ({owner})"
+            ) from None
+        except OSError as error:
+            logger.warning(
+                "%s cannot be locked (%s): start no second run there", workdir, error
+            )
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        yield
+
+
+def _acquire(file: int) -> None:
+    """Takes the lock of an open file; `in_use` may hold it for a moment.
+
+    Raises:
+      BlockingIOError: somebody keeps it.
+      OSError: the file system has no locks.
+    """
+    for _ in range(20):
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        time.sleep(0.05)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def in_use(workdir: epath.PathLike) -> bool:
+    """Whether a run that lives holds the `lock` of a local workdir."""
+    try:
+        with open(os.path.join(workdir, _LOCK), encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or no locks there
+        return False
+    return False

@@ -1,0 +1,327 @@
+"""From the cells of the paper's tables to the runs that fill them.
+
+configs/tables/<table>.py says how a cell is run: COLUMNS maps a column to a
+configuration file and arguments, ROWS a row to arguments (None where the method does
+not exist here), and a cell has those of both, the row's first. An argument whose name
+begins with "config." is an override of that field. Cells of one configuration share
+their runs, also across tables.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import pathlib
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from bsce_jax import main
+from bsce_jax.config.hashes import config_hash, digest, flatten
+from bsce_jax.config.resolve import resolve
+from bsce_jax.errors import UserError
+from bsce_jax.report import published
+from bsce_jax.run import base_hash as base_hash_module
+from bsce_jax.run import loop, phases
+from bsce_jax.run.dataset import Dataset, check, load
+
+SOURCE = pathlib.Path(__file__).resolve().parents[2]  # what holds the package
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that some cells need.
+
+    Attributes:
+      name: of its folder.
+      seed: what distinguishes runs of one cell.
+      flags: --config=FILE:ARGUMENTS and its overrides, for bsce_jax.main.
+      config_hash: of all that can change its results.
+      base_hash: runs of one hash can share a base step.
+      updates, base_updates: of the whole run, and of its base step.
+      pixels: of the images of an update, by which updates of different data sets are
+        weighed against each other.
+      config: flattened configuration.
+    """
+
+    name: str
+    seed: int
+    flags: tuple[str, ...]
+    config_hash: str
+    base_hash: str
+    updates: int
+    base_updates: int
+    pixels: int = 1
+    config: Mapping[str, Any] = dataclasses.field(
+        default_factory=dict, compare=False, repr=False
+    )
+
+
+class Cell(NamedTuple):
+    """A cell of a table: its runs, one a seed, or why there are none."""
+
+    table: str
+    row: str
+    column: str
+    missing: str
+    runs: tuple[Run, ...]
+
+
+@dataclasses.dataclass
+class _Known:
+    """What earlier cells have in common with later ones, by hash."""
+
+    runs: dict[str, Run] = dataclasses.field(default_factory=dict)
+    datasets: dict[str, Dataset] = dataclasses.field(default_factory=dict)
+
+
+class Chosen(NamedTuple):
+    """What was asked for.
+
+    Attributes:
+      tables: keys, "table1", "figure4", ...
+      dataset: configuration file that columns must have; "" = any.
+      rows, columns: keys; () = all.
+      seeds: 0, 1, ... of each cell.
+      files: configuration files to take in place of others.
+      overrides: "--config.field=value" of every run.
+      folder: of the configuration files.
+    """
+
+    tables: tuple[str, ...]
+    dataset: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    seeds: int
+    files: Mapping[str, str]
+    overrides: tuple[str, ...]
+    folder: pathlib.Path
+
+
+def configs_folder() -> pathlib.Path:
+    """The configs/ of the source tree, or else that of the current folder.
+
+    Raises:
+      UserError: there is none.
+    """
+    for parent in (SOURCE, pathlib.Path.cwd()):
+        if (parent / "configs" / "tables").is_dir():
+            return parent / "configs"
+    raise UserError("no configs/tables: run in the folder of the source tree")
+
+
+def expand(chosen: Chosen) -> list[Cell]:
+    """The chosen cells with their runs, in the order of the tables.
+
+    Raises:
+      UserError: an unknown table, row, column, data set or file, nothing chosen, or
+        no cell with a valid configuration and a prepared data set.
+    """
+    tables = published.load()
+    for key in chosen.tables:
+        if key not in tables:
+            raise UserError(f"table {key!r}: expected one of {', '.join(tables)}")
+    modules = {key: table_module(chosen.folder, key) for key in chosen.tables}
+    _check_keys(chosen, tables, modules)
+    known, cells, refused = _Known(), [], ""
+    for key, how in modules.items():
+        for row, column in _chosen_cells(chosen, tables[key]):
+            stem, arguments = how.COLUMNS[column]
+            if chosen.dataset not in ("", stem):
+                continue
+            missing = _missing(chosen, stem, row, how.ROWS[row])
+            runs: tuple[Run, ...] = ()
+            if not missing:
+                settings = {**arguments, **how.ROWS[row]}
+                try:
+                    runs = tuple(
+                        _run(chosen, stem, settings, seed, known)
+                        for seed in range(chosen.seeds)
+                    )
+                except UserError as error:  # such as Meta with a single exemplar
+                    missing = str(error)
+                    refused = refused or missing
+            cells.append(Cell(key, row, column, missing, runs))
+    if not cells:
+        raise UserError("no cell is chosen: see --table, --dataset, --rows, --columns")
+    if not known.runs:
+        raise UserError(f"nothing can be run: {refused or cells[0].missing}")
+    return cells
+
+
+def _check_keys(
+    chosen: Chosen,
+    tables: Mapping[str, published.Table],
+    modules: Mapping[str, ModuleType],
+) -> None:
+    """Refuses rows, columns, data sets and files that none of the tables has."""
+    rows = [row.key for key in chosen.tables for row in tables[key].rows]
+    columns = [column.key for key in chosen.tables for column in tables[key].columns]
+    stems = [stem for how in modules.values() for stem, _ in how.COLUMNS.values()]
+    for flag, given, allowed in (
+        ("row", chosen.rows, rows),
+        ("column", chosen.columns, columns),
+        ("--dataset", (chosen.dataset,) if chosen.dataset else (), stems),
+        ("--file", chosen.files, stems),
+    ):
+        for key in given:
+            if key not in allowed:
+                names = ", ".join(dict.fromkeys(allowed))
+                where = ", ".join(chosen.tables)
+                raise UserError(f"{flag} {key!r} of {where}: one of {names}")
+
+
+def table_module(folder: pathlib.Path, key: str) -> ModuleType:
+    """Loads configs/tables/<key>.py."""
+    spec = importlib.util.spec_from_file_location(key, folder / "tables" / f"{key}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _chosen_cells(chosen: Chosen, table: published.Table) -> Iterable[tuple[str, str]]:
+    """Keys (row, column) of the cells of a table that were asked for."""
+    for row in table.rows:
+        for column in table.columns:
+            if chosen.rows and row.key not in chosen.rows:
+                continue
+            if chosen.columns and column.key not in chosen.columns:
+                continue
+            yield row.key, column.key
+
+
+def _missing(chosen: Chosen, stem: str, row: str, settings: Any) -> str:
+    """Why a cell cannot be run, or ""."""
+    if settings is None:
+        return f"the method {row} does not exist here yet"
+    file = _file(chosen, stem)
+    return "" if file.exists() else f"{file.name} does not exist yet"
+
+
+def _file(chosen: Chosen, stem: str) -> pathlib.Path:
+    given = chosen.files.get(stem, stem)
+    path = pathlib.Path(given)
+    return path.resolve() if path.suffix == ".py" else chosen.folder / f"{given}.py"
+
+
+def _run(
+    chosen: Chosen,
+    stem: str,
+    settings: Mapping[str, Any],
+    seed: int,
+    known: _Known,
+) -> Run:
+    """The run of a cell and seed, which may be that of an earlier cell."""
+    arguments = {k: v for k, v in settings.items() if not k.startswith("config.")}
+    text = ",".join(f"{k}={v}" for k, v in {**arguments, "seed": seed}.items())
+    fields = {k: v for k, v in settings.items() if k.startswith("config.")}
+    flags = (
+        f"--config={_file(chosen, stem)}:{text}",
+        *(f"--{name}={value}" for name, value in fields.items()),
+        *chosen.overrides,
+    )
+    name = _name(_file(chosen, stem).stem, settings)
+    flags = (*flags, f"--config.name={name}")
+    config = resolve(main.parse(["reproduce", *flags]).config)
+    key = config_hash(config)
+    if key not in known.runs:
+        dataset = _load(config, known)
+        updates = [
+            loop.make_plan(config, data).updates
+            for data in phases.planned_phases(config, dataset)
+        ]
+        known.runs[key] = Run(
+            name=f"{name}-seed{seed}",
+            seed=seed,
+            flags=flags,
+            config_hash=key,
+            base_hash=base_hash_module.base_hash(config, dataset),
+            updates=sum(updates),
+            base_updates=updates[0],
+            pixels=config.optim.batch_size * math.prod(dataset.image_shape[:2]),
+            config=flatten(config),
+        )
+    return known.runs[key]
+
+
+def _name(stem: str, settings: Mapping[str, Any]) -> str:
+    """A name that says what a run is, but for its seed."""
+    order = {"method": 0, "prior": 1}
+    names = sorted(settings, key=lambda name: (order.get(name, 2), name))
+    parts = [stem]
+    for name in names:
+        value = re.sub(r"[^\w.]+", "_", str(settings[name])).strip("_")
+        short = name.rpartition(".")[2]
+        parts.append(value if name in order else f"{short}{value}")
+    return "-".join(parts)
+
+
+def _load(config: ConfigDict, known: _Known) -> Dataset:
+    """The data set of a configuration, read once for all that agree on it."""
+    sections = ("data.", "scenario.")
+    fields = {k: v for k, v in flatten(config).items() if k.startswith(sections)}
+    if config.data.validation_fraction > 0:
+        fields["seed"] = config.seed
+    key = digest(fields)
+    if key not in known.datasets:
+        known.datasets[key] = load(config)
+    else:
+        check(config, known.datasets[key])
+    return known.datasets[key]
+
+
+def by_base_step(runs: Sequence[Run]) -> list[list[Run]]:
+    """Groups of runs that can share a base step."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.base_hash, []).append(run)
+    return list(groups.values())
+
+
+def share(runs: Sequence[Run], index: int, count: int) -> list[Run]:
+    """The runs of one of `count` processes, numbered from 1.
+
+    Runs that can share a base step stay together, but for a group that costs more than
+    a process's part: it is cut, and each piece trains the base step. The groups are
+    dealt out by their cost, largest first, each to the process with the least so far.
+    """
+    groups = by_base_step(runs)
+    most = sum(map(cost, groups)) / count
+    pieces = [piece for group in groups for piece in _pieces(group, most)]
+    loads = [0] * count
+    mine: list[Run] = []
+    for piece in sorted(pieces, key=lambda piece: -cost(piece)):
+        process = loads.index(min(loads))
+        loads[process] += cost(piece)
+        if process == index - 1:
+            mine += piece
+    return mine
+
+
+def _pieces(group: Sequence[Run], most: float) -> list[Sequence[Run]]:
+    number = min(len(group), math.ceil(cost(group) / most))
+    return [group[first::number] for first in range(number)]
+
+
+def cost(group: Sequence[Run]) -> int:
+    """What runs that share a base step cost: updates times the pixels of each."""
+    updates = sum(run.updates - run.base_updates for run in group)
+    return (updates + group[0].base_updates) * group[0].pixels
+
+
+def command(run: Run, workdir: str, base: str = "") -> list[str]:
+    """The command of a run; `base` is a workdir whose base step it takes over."""
+    taken = [f"--config.init_from={base}"] if base else []
+    program = [sys.executable, "-m", "bsce_jax.main"]
+    return [*program, *run.flags, f"--workdir={workdir}", *taken]
+
+
+def shown_command(run: Run) -> str:
+    """The command of a run for readers, from the folder of the source tree."""
+    flags = (flag.replace(f"--config={SOURCE}/", "--config=") for flag in run.flags)
+    return shlex.join(["python", "-m", "bsce_jax.main", *flags])

@@ -1,0 +1,1 @@
+"""A run: the only modules that know its configuration and its devices."""

@@ -1,0 +1,182 @@
+"""What a run learns from: images in class order, and the classes of each step."""
+
+import dataclasses
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from bsce_jax import memory, scenario
+from bsce_jax.data import resident, source
+from bsce_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Some images of a split of the source.
+
+    Attributes:
+      name: of the source's split.
+      records: int [N], the source's record of each image.
+      labels: int32 [N], positions in the class order.
+      images: uint8 [N, H, W, channels], or None where they are streamed.
+    """
+
+    name: str
+    records: np.ndarray
+    labels: np.ndarray
+    images: np.ndarray | None
+
+    def __getitem__(self, chosen: np.ndarray) -> "Split":
+        """The images that a mask or indices choose."""
+        images = None if self.images is None else self.images[chosen]
+        return Split(self.name, self.records[chosen], self.labels[chosen], images)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set in the class order of an experiment; labels are positions in it.
+
+    Attributes:
+      train: N images.
+      test: M images; held-out training images where data.validation_fraction is not 0.
+      image_shape: height, width and channels that the network sees.
+      class_names: C names.
+      class_order: int [C], the source's label at each position.
+      groups: positions that each step introduces, the base step's first.
+    """
+
+    train: Split
+    test: Split
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    class_order: np.ndarray
+    groups: tuple[range, ...]
+
+    @property
+    def train_labels(self) -> np.ndarray:
+        """Positions of the training images' classes, int32 [N]."""
+        return self.train.labels
+
+    @property
+    def test_labels(self) -> np.ndarray:
+        """Positions of the test images' classes, int32 [M]."""
+        return self.test.labels
+
+    @property
+    def num_classes(self) -> int:
+        """Length of the class axis."""
+        return len(self.class_order)
+
+    @property
+    def images_per_class(self) -> np.ndarray:
+        """Training images of each class, int [C]."""
+        return np.bincount(self.train_labels, minlength=self.num_classes)
+
+
+def load(config: ConfigDict) -> Dataset:
+    """Reads the data set and puts it in class order.
+
+    Raises:
+      UserError: the data set is not there, or the scenario does not fit it.
+    """
+    data = config.data
+    names = source.class_names(data.name, data.data_dir)
+    used = np.arange(len(names))
+    if config.scenario.subset != "all":
+        used = scenario.imagenet_subset(config.scenario.subset)
+        if len(names) != 1000:
+            raise UserError(
+                f"config.scenario.subset={config.scenario.subset!r}: expected all, "
+                f"because {data.name} has {len(names)} classes, not 1000"
+            )
+    order = used[class_order(config, len(used))]
+    groups = scenario.class_groups(
+        len(order), config.scenario.base_classes, config.scenario.steps
+    )
+    position = scenario.label_positions(order, len(names))
+
+    train = _read(config, data.train_split, position)
+    if data.validation_fraction > 0:
+        kept, held = resident.hold_out(
+            train.labels, data.validation_fraction, config.seed
+        )
+        train, test = train[kept], train[held]
+    else:
+        test = _read(config, data.test_split, position)
+    if data.max_per_class > 0:
+        train = train[resident.subset(train.labels, data.max_per_class)]
+    dataset = Dataset(
+        train,
+        test,
+        _image_shape(config, train),
+        tuple(names[i] for i in order),
+        order,
+        groups,
+    )
+    check(config, dataset)
+    return dataset
+
+
+def _read(config: ConfigDict, split: str, position: np.ndarray) -> Split:
+    """The images of the classes in use: labels only where they are streamed."""
+    data = config.data
+    images = None
+    if data.loading == "resident":
+        images, labels = resident.load(data.name, split, data.data_dir, data.image_size)
+    else:
+        labels = source.labels(data.name, split, data.data_dir)
+    found = Split(split, np.arange(len(labels)), position[labels], images)
+    used = found.labels >= 0
+    return found if used.all() else found[used]
+
+
+def _image_shape(config: ConfigDict, train: Split) -> tuple[int, int, int]:
+    if train.images is not None:
+        return train.images.shape[1:]
+    size = config.data.image_size
+    return size, size, source.channels(config.data.name, config.data.data_dir)
+
+
+def class_order(config: ConfigDict, num_classes: int) -> np.ndarray:
+    """The configured order; "3,1,2" is a list of labels."""
+    order = config.scenario.class_order
+    if "," in order:
+        try:
+            return scenario.class_order(num_classes, [int(x) for x in order.split(",")])
+        except ValueError as error:
+            raise UserError(f"config.scenario.class_order: {error}") from None
+    return scenario.class_order(num_classes, order)
+
+
+def check(config: ConfigDict, dataset: Dataset) -> None:
+    """Checks that scenario and memory fit a data set.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    channels = dataset.image_shape[2]
+    if len(config.data.mean) != channels:
+        raise UserError(
+            f"config.data.mean={config.data.mean!r}: expected {channels} numbers, one "
+            f"a channel of {config.data.name}"
+        )
+    images = dataset.images_per_class
+    for group in dataset.groups:
+        size = exemplars_per_class(config, group.stop)
+        for position in range(group.stop):
+            if size > images[position]:
+                raise UserError(
+                    f"config.memory: {size} exemplars a class, but class "
+                    f"{dataset.class_names[position]!r} has {images[position]} "
+                    "training images"
+                )
+    if config.prior == "meta":
+        for group in dataset.groups[:-1]:
+            size = exemplars_per_class(config, group.stop)
+            memory.held_out_per_class(size, config.meta.fraction)
+
+
+def exemplars_per_class(config: ConfigDict, num_seen: int) -> int:
+    """Exemplars of each class kept after a step with `num_seen` classes seen."""
+    m = config.memory
+    return memory.quota(m.kind, m.per_class, m.budget, num_seen)

@@ -1,0 +1,134 @@
+"""What a run shows while it runs, and the telemetry of each step's record."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from bsce_jax.run.loop import History, Plan
+from bsce_jax.telemetry import bar, compiles, environment, events
+
+
+class Monitor:
+    """Progress, TensorBoard events, timings and compile counts of one process."""
+
+    def __init__(
+        self, workdir: epath.Path, steps: int, updates: int, log_seconds: float
+    ) -> None:
+        """Starts the clocks and the compile counts.
+
+        Args:
+          workdir: event files go to its "tensorboard".
+          steps: of the whole run.
+          updates: of the whole run.
+          log_seconds: least time between two log lines, without a terminal.
+        """
+        self._workdir, self._steps, self._total = workdir, steps, updates
+        self._log_seconds = log_seconds
+        self._environment = environment.environment()
+        self._compiles = compiles.compile_counter()
+        self._started = self._step_started = time.time()
+        self._earlier = 0.0
+        self._first_update: float | None = None
+        self._images, self._training, self._done = 0, 0.0, 0
+        self._last_call: float | None = None
+        self._progress: bar.Progress | None = None
+        self._timeline: events.Timeline | None = None
+
+    def start(self, update: int) -> None:
+        """Opens the display; this process begins at `update` of the run."""
+        self._done = update
+        self._progress = bar.Progress(self._total, update, seconds=self._log_seconds)
+        self._timeline = events.Timeline(self._workdir / "tensorboard", update)
+
+    def begin_step(self, seconds: float = 0.0) -> None:
+        """Starts the clocks of a step, on which `seconds` were spent before."""
+        self._step_started, self._images, self._training = time.time(), 0, 0.0
+        self._earlier, self._last_call = seconds, None
+
+    def step_seconds(self) -> float:
+        """Wall clock of the step, of earlier processes up to their checkpoint too."""
+        return self._earlier + time.time() - self._step_started
+
+    def trained(self, plan: Plan, history: History, before: int, images: int) -> None:
+        """Takes note of a finished call.
+
+        Args:
+          plan: of the phase.
+          history: of the phase, after the call.
+          before: updates of earlier steps and phases.
+          images: of the call.
+        """
+        assert self._progress is not None and self._timeline is not None
+        now = time.time()
+        if self._first_update is None:
+            self._first_update = now
+        if self._last_call is not None:  # the first call compiles
+            self._images += images
+            self._training += now - self._last_call
+        self._last_call = now
+        epochs = len(history.loss)
+        where = f"step {plan.step}/{self._steps - 1}"
+        where += ", fine-tuning" if plan.phase == "finetune" else ""
+        where += f", epoch {min(epochs + 1, plan.epochs)}/{plan.epochs}"
+        loss = history.loss[-1] if epochs else None
+        first = (self._done - before) // plan.updates_per_epoch
+        done = before + history.updates
+        self._progress.advance(done - self._done, images, loss, where)
+        self._done = done
+        for epoch in range(first, epochs):  # finished in this call
+            values = {
+                "train/loss": history.loss[epoch],
+                "train/accuracy": history.accuracy[epoch],
+                "train/learning_rate": plan.learning_rates[epoch],
+            }
+            if history.alpha:
+                values["train/alpha"] = history.alpha[epoch][1]
+            update = before + (epoch + 1) * plan.updates_per_epoch
+            self._timeline.scalars(update, values)
+
+    def evaluated(self, step: int, update: int, result: Mapping[str, Any]) -> None:
+        """Shows a step's accuracies; `update` counts over the whole run."""
+        assert self._progress is not None and self._timeline is not None
+        names = (
+            "top1",
+            "top1_nearest_mean",
+            "top5",
+            "top1_base",
+            "top1_old",
+            "top1_new",
+        )
+        found = {name: result[name] for name in names if result[name] is not None}
+        self._timeline.scalars(update, {f"test/{k}": v for k, v in found.items()})
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+        self._progress.note(
+            f"step {step}/{self._steps - 1}: {result['num_seen']} classes, {shown}"
+        )
+
+    def flush(self) -> None:
+        """Puts the events so far on the disk, before the checkpoint they belong to."""
+        if self._timeline is not None:
+            self._timeline.flush()
+
+    def step_telemetry(self) -> dict[str, Any]:
+        """Timings, compile counts and environment, for the step's record."""
+        now = time.time()
+        rate = self._images / self._training if self._training else None
+        first = self._first_update
+        return {
+            "seconds": self.step_seconds(),
+            "images_per_second": rate,
+            "seconds_to_first_update": first and first - self._started,
+            "started": self._started,
+            "finished": now,
+            "compiles": dict(sorted(self._compiles.items())),
+            "seed_varies": "initialisation, data order, augmentation",
+            **self._environment,
+        }
+
+    def close(self) -> None:
+        """Ends the display and the event file."""
+        if self._progress is not None and self._timeline is not None:
+            self._progress.close()
+            self._timeline.close()

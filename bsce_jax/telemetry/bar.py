@@ -1,0 +1,197 @@
+"""What a run shows while it runs: a bar on a terminal, log lines elsewhere.
+
+On several hosts only the first process shows anything; the others call the same
+functions to no effect.
+"""
+
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TextIO, TypeVar
+
+from bsce_jax.telemetry.events import first_process
+
+logger = logging.getLogger("bsce_jax")
+T = TypeVar("T")
+
+_WINDOW_SECONDS = 60.0  # rates are means over this long
+
+
+class Progress:
+    """Progress of a whole run: a bar on a terminal, now and then a log line elsewhere.
+
+    Shows updates done of all updates of all steps, images/s and the time left at the
+    pace of the last minute, and the newest loss that is ready: it never waits for a
+    device.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        done: int = 0,
+        *,
+        seconds: float = 10.0,
+        stream: TextIO | None = None,
+        enabled: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Starts the display.
+
+        Args:
+          total: updates of the run, all steps together.
+          done: updates already done by an earlier process.
+          seconds: least time between two log lines.
+          stream: where the bar goes if it is a terminal; None = standard error.
+          enabled: whether to show anything; None = in the first process only.
+          clock: time in seconds.
+        """
+        stream = sys.stderr if stream is None else stream
+        self._total, self._done, self._images = total, done, 0
+        self._seconds, self._clock = seconds, clock
+        self._enabled = first_process(enabled)
+        self._where = ""
+        self._loss: float | None = None
+        self._pending: deque[Any] = deque(maxlen=64)
+        self._shown = clock()
+        self._marks = deque([(self._shown, done, 0)])
+        self._bar: Any = None
+        if self._enabled and stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                file=stream,
+                dynamic_ncols=True,
+                bar_format="{desc}{percentage:3.0f}%|{bar}|{postfix}",
+            )
+
+    def advance(
+        self, updates: int, images: int, loss: Any = None, where: str = ""
+    ) -> None:
+        """Counts finished (or dispatched) updates.
+
+        Args:
+          updates: since the last call.
+          images: training images in them, of all hosts.
+          loss: a number or a scalar array, of any of them.
+          where: position in the run, "step 2/5, epoch 14/60"; "" = as before.
+        """
+        self._done += updates
+        self._images += images
+        self._where = where or self._where
+        if not self._enabled:
+            return
+        if loss is not None:
+            self._pending.append(loss)
+        now = self._clock()
+        interval = 0.2 if self._bar is not None else self._seconds
+        if now - self._shown >= interval:
+            self._show(now)
+
+    def note(self, message: str) -> None:
+        """Shows a line that stays: above the bar, or in the log."""
+        if self._bar is not None:
+            self._bar.write(message, file=self._bar.fp)
+        elif self._enabled:
+            logger.info("%s", message)
+
+    @property
+    def images_per_second(self) -> float:
+        """Pace of the last minute; 0 before the first update."""
+        return self._rates(self._clock())[1]
+
+    def close(self) -> None:
+        """Shows the last state and ends the bar."""
+        if not self._enabled:
+            return
+        self._show(self._clock())
+        if self._bar is not None:
+            self._bar.close()
+        self._enabled, self._bar = False, None
+
+    def _show(self, now: float) -> None:
+        self._shown = now
+        while self._pending and _is_ready(self._pending[0]):
+            self._loss = float(self._pending.popleft())
+        updates_per_second, images_per_second = self._rates(now)
+        self._marks.append((now, self._done, self._images))
+        while now - self._marks[1][0] > _WINDOW_SECONDS:
+            self._marks.popleft()
+        parts = [
+            f"{self._done}/{self._total} updates",
+            f"{images_per_second:.0f} images/s",
+        ]
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4g}")
+        if updates_per_second:
+            left = (self._total - self._done) / updates_per_second
+            parts.append(f"{_duration(left)} left")
+        if self._bar is None:
+            logger.info(
+                "%s", ", ".join([self._where, *parts] if self._where else parts)
+            )
+            return
+        self._bar.n = self._done
+        self._bar.set_description_str(self._where and f"{self._where} ", refresh=False)
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+        self._bar.refresh()
+
+    def _rates(self, now: float) -> tuple[float, float]:
+        """Updates and images a second since the oldest mark of the last minute."""
+        start, done, images = self._marks[0]
+        elapsed = now - start
+        if elapsed <= 0:
+            return 0.0, 0.0
+        return (self._done - done) / elapsed, (self._images - images) / elapsed
+
+
+def passing(
+    batches: Iterable[T], total: int, each: int, what: str, patience: float = 5.0
+) -> Iterator[T]:
+    """Yields the batches of a pass over a set of images.
+
+    Where that takes long the first process shows how far it is: a bar below that of the
+    run on a terminal, now and then a log line elsewhere.
+
+    Args:
+      batches: of the pass.
+      total: images of the set.
+      each: images of a batch; the last one may have fewer.
+      what: the pass is for.
+      patience: seconds before something is shown, and from one log line to the next.
+    """
+    from tqdm import tqdm
+
+    first = first_process(None)
+    with tqdm(
+        total=total,
+        desc=what,
+        unit=" images",
+        delay=patience,
+        leave=False,
+        disable=None if first else True,
+    ) as bar:
+        shown = time.monotonic()
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            done = min(number * each, total)
+            if not bar.disable:
+                bar.update(done - bar.n)
+            elif first and time.monotonic() - shown >= patience and done < total:
+                shown = time.monotonic()
+                logger.info("%s: %d/%d images", what, done, total)
+
+
+def _is_ready(value: Any) -> bool:
+    check = getattr(value, "is_ready", None)  # arrays have it, plain numbers do not
+    return check is None or check()
+
+
+def _duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03 or 2:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
