@@ -8,19 +8,19 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import linen as nn
 from ml_collections import ConfigDict
 from PIL import Image
 
-from bsce_jax import log_prior
 from bsce_jax.checkpoints import store
-from bsce_jax.compute import parallel
-from bsce_jax.compute.state import PyTree
+from bsce_jax.compute import parallel, steps
+from bsce_jax.compute.state import Batch, Network, StepContext
 from bsce_jax.errors import UserError
-from bsce_jax.report import results as results_file
+from bsce_jax.report.results import read
 from bsce_jax.run import programs
+from bsce_jax.run.context import test_context
 
 
 class Prediction(NamedTuple):
@@ -60,30 +60,34 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
       step: which step; -1 is the newest finished one.
 
     Returns:
-      A function of images that gives class names and probabilities (softmax of the
-      plain logits over the classes seen: no log-prior at test time).
+      A function of images that gives class names and probabilities: the softmax, over
+      the classes seen, of the scores that predict (the logits where the method has no
+      others; no log-prior at test time).
 
     Raises:
       UserError: no such run or step, or a damaged checkpoint.
     """
     folder = epath.Path(workdir)
-    results = results_file.read(folder)
+    results = read(folder)
     known = [record["step"] for record in results["steps"]]
     if not -len(known) <= step < len(known):
         raise UserError(f"step={step}: finished steps of {folder} are {known}")
     step = known[step]
     config = _nested(results["config"])
+    if "phase" not in config:
+        raise UserError(f"{folder} was made by a version before 0.2: train it again")
     devices = parallel.create("jit", jax.local_devices()[:1])
     model = programs.build_model(config, devices, len(results["class_names"]))
     shape = tuple(results["image_shape"])
-    target = programs.network_shapes(model, shape)
+    target = programs.network_shapes(config, model, shape)
     found = _checkpoint_of(folder / "checkpoints", step)
     network = store.restore(
-        folder / "checkpoints", found, {"state": target}, partial=True
-    ).arrays["state"]
-    num_seen = results["steps"][step]["result"]["num_seen"]
-    names = tuple(results["class_names"][:num_seen])
-    probabilities = _probabilities(config, model, network, num_seen)
+        folder / "checkpoints", found, {"state": {"network": target}}, partial=True
+    ).arrays["state"]["network"]
+    seen = [record["result"]["num_seen"] for record in results["steps"][: step + 1]]
+    names = tuple(results["class_names"][: seen[-1]])
+    program = programs.test_program(config, model)
+    probabilities = _probabilities(program, network, seen)
 
     def predict(images: np.ndarray) -> Prediction:
         images = np.asarray(images)
@@ -103,18 +107,23 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
 
 
 def _probabilities(
-    config: ConfigDict, model: nn.Module, network: PyTree, num_seen: int
+    program: steps.Program, network: Network, seen: Sequence[int]
 ) -> Callable[[np.ndarray], jax.Array]:
-    test_images = programs.test_transform(config)
-    seen = np.arange(model.num_classes) < num_seen
+    """uint8 images -> probabilities; `seen` are the classes seen after each step."""
+    context = test_context(program.model.num_classes, seen)
 
     @jax.jit
-    def probabilities(network: PyTree, images: jax.Array) -> jax.Array:
-        logits, _ = model.apply(network, test_images(images), train=False)
-        scores = logits + log_prior.uniform(seen)[None, :]
-        return jax.nn.softmax(scores, axis=-1)[:, :num_seen]
+    def probabilities(
+        network: Network, context: StepContext, images: jax.Array
+    ) -> jax.Array:
+        nothing = jnp.zeros(len(images), jnp.int32)
+        ones = jnp.ones(len(images), jnp.float32)
+        batch = Batch(program.test_images(images), nothing, ones)
+        out = steps.outputs_of(program, network, batch, context)
+        found = jax.nn.softmax(steps.scores(out, context.seen), axis=-1)
+        return found[:, : seen[-1]]
 
-    return functools.partial(probabilities, network)
+    return functools.partial(probabilities, network, context)
 
 
 def _checkpoint_of(folder: epath.Path, step: int) -> int:

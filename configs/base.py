@@ -2,13 +2,12 @@
 
     python -m bsce_jax.main --config configs/base.py
 
-bsce_jax/defaults.py says what each field means.
+docs/configuration.md says what each field means.
 """
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import method_module
+from bsce_jax.config import default_config, method_module
 
 
 def get_config() -> ConfigDict:

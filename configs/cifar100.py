@@ -4,7 +4,7 @@
 
 Arguments: method (il_baseline, lucir, podnet), prior, steps, memory (exemplars a
 class; 0 = none), seed, and for prior=weighted alpha, for prior=relaxed epsilon (images;
-the paper's is 1). Hyper-parameters are those of the methods' authors
+else the paper's 0.2 %, 1). Hyper-parameters are those of the methods' authors
 (configs/methods/). Expected average incremental accuracy for steps=5 (Jodelet et al.,
 Tables 1 and 3):
 
@@ -20,8 +20,12 @@ The data set is prepared once by
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config import (
+    COMMON_ARGUMENTS,
+    apply_arguments,
+    default_config,
+    method_module,
+)
 
 ARGUMENTS = COMMON_ARGUMENTS
 

@@ -9,8 +9,12 @@ method (il_baseline, lucir, podnet), prior, steps (5 or 1), memory (exemplars a 
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config import (
+    COMMON_ARGUMENTS,
+    apply_arguments,
+    default_config,
+    method_module,
+)
 
 ARGUMENTS = COMMON_ARGUMENTS | {"prior": "balanced", "memory": 5}
 

@@ -10,20 +10,26 @@ epsilon. The classes that are not in the base step must divide evenly among the 
 
 Images are decoded as they are needed and cropped to 224x224; network and
 hyper-parameters are those of ImageNet-Subset (configs/methods/), for some hundred
-images a class. Fields to look at for other images, all in bsce_jax/defaults.py:
+images a class. Fields to look at for other images, all in docs/configuration.md:
 
     --config.data.image_size=64 --config.data.resize=72    small images
     --config.data.flip=False                               mirror images differ
     --config.data.corrupt=skip                             damaged images
     --config.data.nominal_per_class=300                    for epsilon_unit=percent
     --config.data.validation_fraction=0.1                  tuning, without test images
-    --config.optim.epochs=30 "--config.optim.milestones=(15, 25)"
+    --config.phase.base.epochs=30 "--config.phase.base.milestones=(15, 25)"
+    --config.phase.incremental.epochs=30 "--config.phase.incremental.milestones=(15,)"
 """
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config import (
+    COMMON_ARGUMENTS,
+    apply_arguments,
+    default_config,
+    large_images,
+    method_module,
+)
 from bsce_jax.data.augment import NORMALIZATION
 
 ARGUMENTS = COMMON_ARGUMENTS | {"data": "my_images", "base_classes": 0}
@@ -32,11 +38,7 @@ ARGUMENTS = COMMON_ARGUMENTS | {"data": "my_images", "base_classes": 0}
 def get_config(argument: str | None = None) -> ConfigDict:
     """ImageNet-Subset's settings for a data set of any number of classes."""
     config = default_config()
-    data = config.data
-    data.loading, data.image_size, data.resize = "streaming", 224, 256
-    data.random_resized_crop, data.padding, data.flip = True, 0, True
-    data.mean, data.std = NORMALIZATION["imagenet"]
-    config.evaluation.batch_size = 256
+    large_images(config, NORMALIZATION["imagenet"])
     apply_arguments(config, argument, ARGUMENTS)
     method_module(__file__, config.method).configure(config, "imagenet_subset")
     return config

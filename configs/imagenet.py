@@ -4,9 +4,9 @@
 
 Arguments: method (il_baseline, lucir, podnet), prior, steps (5, 10), memory (exemplars
 a class; 0 = none), base_classes, seed, and for prior=weighted alpha, for prior=relaxed
-epsilon (images; the paper's is 2.6). Hyper-parameters are those of the methods' authors
-(configs/methods/). Images are decoded as they are needed, by all cores of the host.
-Expected average incremental accuracy (Jodelet et al., Tables 1 and 3):
+epsilon (images; else the paper's 0.2 %, 2.6). Hyper-parameters are those of the
+methods' authors (configs/methods/). Images are decoded as they are needed, by all cores
+of the host. Expected average incremental accuracy (Jodelet et al., Tables 1 and 3):
 
     method        steps  none   balanced  meta    memory=0: none  balanced  relaxed
     il_baseline   5      43.23  66.45     66.15
@@ -36,8 +36,13 @@ One that tfds has prepared as array_record serves as well, with an index of its 
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config import (
+    COMMON_ARGUMENTS,
+    apply_arguments,
+    default_config,
+    large_images,
+    method_module,
+)
 from bsce_jax.data.augment import NORMALIZATION
 
 ARGUMENTS = COMMON_ARGUMENTS | {"base_classes": 500}
@@ -46,13 +51,9 @@ ARGUMENTS = COMMON_ARGUMENTS | {"base_classes": 500}
 def get_config(argument: str | None = None) -> ConfigDict:
     """The paper's ImageNet settings."""
     config = default_config()
-    data = config.data
-    data.name, data.test_split = "imagenet2012", "validation"
-    data.loading, data.image_size, data.resize = "streaming", 224, 256
-    data.random_resized_crop, data.padding, data.flip = True, 0, True
-    data.mean, data.std = NORMALIZATION["imagenet"]
-    data.nominal_per_class = 1300
-    config.evaluation.batch_size = 256
+    large_images(config, NORMALIZATION["imagenet"])
+    config.data.name, config.data.test_split = "imagenet2012", "validation"
+    config.data.nominal_per_class = 1300
     apply_arguments(config, argument, ARGUMENTS)
     if config.scenario.base_classes == 0 and config.memory.kind != "none":
         config.memory.kind, config.memory.budget = "fixed", 20_000

@@ -4,9 +4,9 @@
 
 Arguments: method (il_baseline, lucir, podnet), prior, steps (5, 10, 25), memory
 (exemplars a class; 0 = none), seed, and for prior=weighted alpha, for prior=relaxed
-epsilon (images; the paper's is 2.6). Hyper-parameters are those of the methods' authors
-(configs/methods/). Images are decoded as they are needed, by all cores of the host.
-Expected average incremental accuracy (Jodelet et al., Tables 1 and 3):
+epsilon (images; else the paper's 0.2 %, 2.6). Hyper-parameters are those of the
+methods' authors (configs/methods/). Images are decoded as they are needed, by all cores
+of the host. Expected average incremental accuracy (Jodelet et al., Tables 1 and 3):
 
     method        steps  none   balanced  meta    memory=0: none  balanced  relaxed
     il_baseline   5      51.52  72.57     72.88
@@ -28,8 +28,13 @@ folders train and val of ILSVRC 2012 with one folder a class in each:
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config import (
+    COMMON_ARGUMENTS,
+    apply_arguments,
+    default_config,
+    large_images,
+    method_module,
+)
 from bsce_jax.data.augment import NORMALIZATION
 
 ARGUMENTS = COMMON_ARGUMENTS
@@ -38,15 +43,11 @@ ARGUMENTS = COMMON_ARGUMENTS
 def get_config(argument: str | None = None) -> ConfigDict:
     """The paper's ImageNet-Subset setting."""
     config = default_config()
-    data = config.data
-    data.name, data.test_split = "imagenet2012", "validation"
-    data.loading, data.image_size, data.resize = "streaming", 224, 256
-    data.random_resized_crop, data.padding, data.flip = True, 0, True
-    data.mean, data.std = NORMALIZATION["imagenet"]
-    data.nominal_per_class = 1300
+    large_images(config, NORMALIZATION["imagenet"])
+    config.data.name, config.data.test_split = "imagenet2012", "validation"
+    config.data.nominal_per_class = 1300
     config.scenario.subset = "first100"
     config.scenario.base_classes = 50
-    config.evaluation.batch_size = 256
     apply_arguments(config, argument, ARGUMENTS)
     method_module(__file__, config.method).configure(config, "imagenet_subset")
     return config

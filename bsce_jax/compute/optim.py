@@ -1,13 +1,18 @@
 """Optimisers and schedules, with PyTorch's semantics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 import optax
 
-from bsce_jax.compute.state import PyTree
+from bsce_jax.compute.state import OWN, PyTree
+
+HEAD = "head"
+"""Name of the head among the top-level names of a network's parameters."""
+AUXILIARY = "auxiliary"
+"""How the names of an auxiliary branch begin there."""
 
 
 def sgd(
@@ -50,34 +55,43 @@ def apply(
     )
 
 
-def update_scale(
-    params: PyTree,
-    trained: np.ndarray,
-    *,
-    rest: float = 1.0,
-    scalars: float = 1.0,
-    head: str = "head",
-) -> PyTree:
-    """The factor of every update, constant within a step or a phase of it.
+def group(path: tuple) -> str:
+    """The group of a parameter, for its share of the learning rate.
 
     Args:
-      params: parameters; those under `head` have the class axis last, or no axis.
-      trained: [C] bool, classes whose head rows may move.
-      rest: factor of the parameters outside the head.
-      scalars: factor of the head's parameters without a class axis (learned scales).
-      head: name of the head among the top-level names of params.
+      path: of the leaf in the parameters, as `jax.tree_util` gives it.
+
+    Returns:
+      "own", what a method trains beside the model; "head", the head's rows, whose last
+      axis are the classes; "scale", its learned scale; "auxiliary", a branch that only
+      training uses; "batch_norms"; or "convolutions", the rest.
+    """
+    names = [str(part.key) for part in path]
+    if names[0] == OWN:
+        return "own"
+    if names[0] == HEAD:
+        return "scale" if names[-1] == "scale" else "head"
+    if names[0].startswith(AUXILIARY):
+        return "auxiliary"
+    return "batch_norms" if names[-2].endswith("norm") else "convolutions"
+
+
+def update_scale(params: PyTree, rate: Mapping[str, float], rows: np.ndarray) -> PyTree:
+    """The factor of every update, constant within a phase of a step.
+
+    Args:
+      params: of the network.
+      rate: of each `group`; 0 = frozen.
+      rows: [C] bool, classes whose rows of the head may move.
 
     Returns:
       A pytree like params whose float32 leaves broadcast against it.
     """
-    row = np.asarray(trained, np.float32)
 
     def leaf(path: tuple, value: jax.Array) -> np.ndarray:
-        if path[0].key != head:
-            return np.full((1,) * value.ndim, rest, np.float32)
-        if value.ndim == 0:
-            return np.full((), scalars, np.float32)
-        return row.reshape((1,) * (value.ndim - 1) + row.shape)
+        name = group(path)
+        factor = np.full((1,) * value.ndim, rate[name], np.float32)
+        return factor * rows.astype(np.float32) if name == "head" else factor
 
     return jax.tree_util.tree_map_with_path(leaf, params)
 

@@ -1,70 +1,127 @@
-"""What enters compiled code: the training state, the step's context and batches."""
+"""What enters compiled code: the network, the step's context and batches."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import struct
 
 PyTree = Any
 # jax.Array on the devices, numpy.ndarray before it is placed there.
 Array = Any
 
+OWN = "own"
+"""Name, among the top-level names of `Network.params`, of a method's own parameters."""
+
+
+class Network(struct.PyTreeNode):
+    """A network: the student, the teacher, and what is evaluated, saved or loaded.
+
+    Attributes:
+      params: float32 parameters of the model, and under "own" what a method trains
+        beside it.
+      batch_stats: running mean and variance of every BatchNorm.
+      extra: what a method keeps besides: a dict of arrays, whose shapes are fixed from
+        the start; {} for most.
+    """
+
+    params: PyTree
+    batch_stats: PyTree
+    extra: PyTree
+
 
 class TrainState(struct.PyTreeNode):
     """All that training changes, checkpointed as one pytree.
 
     Attributes:
-      params: float32 parameters.
-      batch_stats: running mean and variance of every BatchNorm.
-      opt_state: of the optimiser of `params`; new (zero momentum) in every step.
+      network: in training.
+      opt_state: of the optimiser of its parameters.
       alpha: [] float32, weight of the old classes' counts (Jodelet et al., Eq. 5).
       alpha_opt_state: of the optimiser of alpha.
-      extra: what a method adds.
     """
 
-    params: PyTree
-    batch_stats: PyTree
+    network: Network
     opt_state: PyTree
     alpha: Array
     alpha_opt_state: PyTree
-    extra: PyTree
 
 
 class StepContext(struct.PyTreeNode):
-    """What is constant within an incremental step: new values, never a new program.
+    """What is constant within a phase of a step: new values, never a new program.
 
     Attributes:
       log_prior: [C] float32, without alpha; EXCLUDED where a class is not seen.
       old: [C] bool, learned in an earlier step.
       seen: [C] bool, old or learned in this step.
-      counts: [C] float32, training images of each class in this step.
+      taught: [C] bool, classes that the teacher knows: `old`, or `seen` where it is
+        the network of this step.
+      counts: [C] float32, training images of each class in this phase.
       task_ids: [C] int32, the step that introduces each class.
       weights: term name -> [] float32.
       update_scale: like params, broadcastable leaves: 0 freezes, 1 trains.
-      teachers: tuple of {"params", "batch_stats"}, networks of earlier steps.
+      teacher: an earlier network, or None.
     """
 
     log_prior: Array
     old: Array
     seen: Array
+    taught: Array
     counts: Array
     task_ids: Array
     weights: dict[str, Array]
     update_scale: PyTree
-    teachers: tuple[PyTree, ...]
+    teacher: Network | None
 
 
 class Batch(struct.PyTreeNode):
-    """One batch on the devices.
+    """One batch on the devices; under pmap this device's rows of it.
 
     Attributes:
       images: [B, H, W, channels] float, augmented and normalised.
       labels: [B] int32, positions in the class order.
       valid: [B] float32, 0 for rows that only fill the batch.
+      axis_name: static, name of the pmapped axis, or None.
     """
 
     images: Array
     labels: Array
     valid: Array
+    axis_name: str | None = struct.field(pytree_node=False, default=None)
+
+    def mean(self, values: Array) -> Array:
+        """Mean over the valid rows of all devices, [B, ...] -> [...]."""
+        weights = self.valid.reshape(self.valid.shape + (1,) * (values.ndim - 1))
+        total = total_over_devices(jnp.sum(values * weights, axis=0), self.axis_name)
+        count = total_over_devices(jnp.sum(self.valid), self.axis_name)
+        return total / jnp.maximum(count, 1)
+
+    def whole(self, values: Array) -> Array:
+        """Rows of all devices, in the order of the batch: [B, ...] -> [B of all, ...].
+
+        A term of the whole batch gives ``value[None]`` with a weight of 1 on every
+        device; rows that only fill the batch have 0 in ``whole(valid)``.
+        """
+        if self.axis_name is None:
+            return values
+        return jax.lax.all_gather(values, self.axis_name, tiled=True)
+
+
+Outputs = dict[str, Any]
+"""What a forward pass gives: "logits" [B, C], "features" [B, D] and others by name."""
+Apply = Callable[[Network, Array, Array], tuple[Outputs, Network]]
+"""``(network, images, valid) -> (outputs, network)``: one pass of the model.
+
+The outputs are those of the model and "logits"; the network that comes back has the new
+running statistics, or is the same one in evaluation mode.
+"""
+Forward = Callable[[Apply, Network, Batch, StepContext], tuple[Outputs, Network]]
+"""How a batch becomes outputs, see `bsce_jax.methods`."""
+
+
+def total_over_devices(value: PyTree, axis_name: str | None) -> PyTree:
+    """Sum over the devices of a pmapped axis; `value` itself without one."""
+    return value if axis_name is None else jax.lax.psum(value, axis_name)
 
 
 class Images(struct.PyTreeNode):

@@ -12,17 +12,31 @@ from flax import linen as nn
 from bsce_jax import log_prior, meta_alpha
 from bsce_jax.compute import optim
 from bsce_jax.compute.state import (
+    OWN,
+    Apply,
     Array,
     Batch,
+    Forward,
     Images,
+    Network,
+    Outputs,
     PyTree,
     Rows,
     StepContext,
     TrainState,
+    total_over_devices,
 )
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 
-Outputs = dict[str, Any]
+VIEWS = ("plain", "mirrored", "rotated90", "rotated180", "rotated270")
+"""Views of the test images whose features can be asked for."""
+
+
+def plain(
+    apply: Apply, network: Network, batch: Batch, context: StepContext
+) -> tuple[Outputs, Network]:
+    """The network alone: one pass over the batch."""
+    return apply(network, batch.images, batch.valid)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """The alpha update (Jodelet et al., Algorithm 1): see defaults.py, `meta`."""
+    """The alpha update (Jodelet et al., Algorithm 1): see config/fields.py, `meta`."""
 
     optimizer: optax.GradientTransformation
     every: int
@@ -49,15 +63,17 @@ class Meta:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Everything static of the compiled functions.
+    """Everything static of the compiled functions of a phase.
 
     Attributes:
       model: the network.
       terms: of the loss.
       optimizer: of the parameters.
-      train_images, test_images: transforms of uint8 images.
+      train_images, test_images: transforms of uint8 images; a phase without
+        augmentation has the latter in the place of both.
+      forward: how a batch becomes outputs; the teacher's do likewise.
       meta: how alpha is learned, if it is.
-      trainable: top-level names of the parameters with a gradient; () = all.
+      frozen: groups of parameters (see `optim.group`) without a gradient.
       batch_norm: "train", batch statistics move the running ones, or "eval".
     """
 
@@ -66,89 +82,109 @@ class Program:
     optimizer: optax.GradientTransformation
     train_images: Callable[..., Array]
     test_images: Callable[..., Array]
+    forward: Forward = plain
     meta: Meta | None = None
-    trainable: tuple[str, ...] = ()
+    frozen: frozenset[str] = frozenset()
     batch_norm: str = "train"
-
-
-def _total(value: PyTree, axis_name: str | None) -> PyTree:
-    """Sum over the devices."""
-    return value if axis_name is None else jax.lax.psum(value, axis_name)
 
 
 def _share(values: Array, weights: Array, axis_name: str | None) -> Array:
     """This device's share of the global weighted mean; 0 where all weights are 0."""
-    total = _total(jnp.sum(weights), axis_name)
+    total = total_over_devices(jnp.sum(weights), axis_name)
     return jnp.sum(values * weights) / jnp.where(total > 0, total, 1.0)
 
 
-def _forward(
-    model: nn.Module,
-    params: PyTree,
-    batch_stats: PyTree,
-    batch: Batch,
-    train: bool,
-    axis_name: str | None,
-) -> tuple[Outputs, PyTree]:
-    """Outputs with "logits", and the new running statistics (train) or the old."""
-    variables = {"params": params, "batch_stats": batch_stats}
-    if not train:
-        logits, out = model.apply(variables, batch.images, train=False)
-        return {**out, "logits": logits}, batch_stats
-    (logits, out), changed = model.apply(
-        variables,
-        batch.images,
-        train=True,
-        valid=batch.valid,
-        axis_name=axis_name,
-        mutable=["batch_stats"],
-    )
-    return {**out, "logits": logits}, changed["batch_stats"]
+def _applier(program: Program, train: bool, axis_name: str | None) -> Apply:
+    """The model as a function of a network, in training or in evaluation mode."""
+
+    def apply(network: Network, images: Array, valid: Array) -> tuple[Outputs, Network]:
+        params = {k: part for k, part in network.params.items() if k != OWN}
+        variables = {"params": params, "batch_stats": network.batch_stats}
+        if not train:
+            logits, out = program.model.apply(variables, images, train=False)
+            return {**out, "logits": logits}, network
+        (logits, out), changed = program.model.apply(
+            variables,
+            images,
+            train=True,
+            valid=valid,
+            axis_name=axis_name,
+            mutable=["batch_stats"],
+        )
+        moved = network.replace(batch_stats=changed["batch_stats"])
+        return {**out, "logits": logits}, moved
+
+    return apply
+
+
+def scores(outputs: Outputs, seen: Array) -> Array:
+    """The prediction rule: the class with the highest score is predicted.
+
+    Args:
+      outputs: of a forward pass: "scores" [B, C] where a method has its own, or else
+        "logits".
+      seen: [C] bool, the classes that may be predicted.
+
+    Returns:
+      [B, C], EXCLUDED (next to nothing) for classes that are not seen.
+    """
+    found = outputs["scores"] if "scores" in outputs else outputs["logits"]
+    return found + log_prior.uniform(seen)[None, :]
 
 
 def _teacher_outputs(
     program: Program, context: StepContext, batch: Batch
 ) -> Outputs | None:
-    """The newest teacher's outputs, in evaluation mode, without gradient."""
-    if not context.teachers:
+    """The teacher's outputs, in evaluation mode, without gradient."""
+    if context.teacher is None:
         return None
-    teacher = context.teachers[-1]
-    out, _ = _forward(
-        program.model, teacher["params"], teacher["batch_stats"], batch, False, None
-    )
+    apply = _applier(program, False, batch.axis_name)
+    out, _ = program.forward(apply, context.teacher, batch, context)
     return jax.lax.stop_gradient(out)
+
+
+def _without_gradient(params: PyTree, frozen: frozenset[str]) -> PyTree:
+    """Parameters of which some groups are constants.
+
+    Also spares the backward pass of all that stands before the others.
+    """
+    if not frozen:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            jax.lax.stop_gradient(leaf) if optim.group(path) in frozen else leaf
+        ),
+        params,
+    )
 
 
 def _loss(
     program: Program,
-    params: PyTree,
-    batch_stats: PyTree,
-    alpha: Array,
+    state: TrainState,
     context: StepContext,
     batch: Batch,
     teacher: Outputs | None,
-    axis_name: str | None,
-) -> tuple[Array, tuple[PyTree, Array]]:
-    """This device's share of the loss; the statistics and logits beside it."""
-    if program.trainable:
-        # Also spares the backward pass of all that stands before them.
-        params = {
-            name: part if name in program.trainable else jax.lax.stop_gradient(part)
-            for name, part in params.items()
-        }
-    train = program.batch_norm == "train"
-    student, batch_stats = _forward(
-        program.model, params, batch_stats, batch, train, axis_name
+) -> tuple[Array, tuple[Network, Outputs]]:
+    """This device's share of the loss; the moved network and the outputs beside it."""
+    params = _without_gradient(state.network.params, program.frozen)
+    apply = _applier(program, program.batch_norm == "train", batch.axis_name)
+    student, network = program.forward(
+        apply, state.network.replace(params=params), batch, context
     )
-    prior = log_prior.with_alpha(context.log_prior, context.old, alpha)
+    prior = log_prior.with_alpha(context.log_prior, context.old, state.alpha)
     context = context.replace(log_prior=prior)
     loss = jnp.zeros((), jnp.float32)
     for term in program.terms:
         values, weights = term.function(
             student, teacher, batch, context, **term.options
         )
-        loss += context.weights[term.name] * _share(values, weights, axis_name)
-    return loss, (batch_stats, student["logits"])
+        share = _share(values, weights, batch.axis_name)
+        loss += context.weights[term.name] * share
+    return loss, (network, student)
+
+
+def _with_params(state: TrainState, params: PyTree) -> TrainState:
+    return state.replace(network=state.network.replace(params=params))
 
 
 def train_step(
@@ -157,51 +193,43 @@ def train_step(
     context: StepContext,
     batch: Batch,
     learning_rate: Array,
-    axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update of the network on one batch.
 
     Args:
       program: the static part.
       state: training state.
-      context: the incremental step's constants.
+      context: the constants of the step's phase.
       batch: with an axis name this device's rows, else the global batch.
       learning_rate: [] float32.
-      axis_name: name of the pmapped axis, or None.
 
     Returns:
       The new state, and the global "loss", "correct" and "images" ([] float32).
     """
     teacher = _teacher_outputs(program, context, batch)
+    params = state.network.params
 
-    def loss(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
-        return _loss(
-            program,
-            params,
-            state.batch_stats,
-            state.alpha,
-            context,
-            batch,
-            teacher,
-            axis_name,
+    def loss(params: PyTree) -> tuple[Array, tuple[PyTree, PyTree, Array]]:
+        value, (network, student) = _loss(
+            program, _with_params(state, params), context, batch, teacher
         )
+        predicted = jnp.argmax(scores(student, context.seen), axis=-1)
+        return value, (network.batch_stats, network.extra, predicted)
 
-    (value, (batch_stats, logits)), gradient = jax.value_and_grad(loss, has_aux=True)(
-        state.params
-    )
-    gradient = _total(gradient, axis_name)
-    direction, opt_state = program.optimizer.update(
-        gradient, state.opt_state, state.params
-    )
-    params = optim.apply(state.params, direction, learning_rate, context.update_scale)
-    predicted = jnp.argmax(logits + log_prior.uniform(context.seen)[None, :], axis=-1)
+    (value, (batch_stats, extra, predicted)), gradient = jax.value_and_grad(
+        loss, has_aux=True
+    )(params)
+    gradient = total_over_devices(gradient, batch.axis_name)
+    direction, opt_state = program.optimizer.update(gradient, state.opt_state, params)
+    params = optim.apply(params, direction, learning_rate, context.update_scale)
     sums = {
         "loss": value,
         "correct": jnp.sum(batch.valid * (predicted == batch.labels)),
         "images": jnp.sum(batch.valid),
     }
-    state = state.replace(params=params, batch_stats=batch_stats, opt_state=opt_state)
-    return state, _total(sums, axis_name)
+    network = Network(params, batch_stats, extra)
+    state = state.replace(network=network, opt_state=opt_state)
+    return state, total_over_devices(sums, batch.axis_name)
 
 
 def meta_step(
@@ -211,22 +239,20 @@ def meta_step(
     batch: Batch,
     held_out: Batch,
     learning_rate: Array,
-    axis_name: str | None = None,
 ) -> TrainState:
     """One update of alpha (Jodelet et al., Algorithm 1); the network stays.
 
     alpha <- alpha - lr_alpha d/dalpha CE(Z(theta*), Y) on a batch of B_t, with
     theta* = theta - lr dL(theta, alpha)/dtheta on the training batch, where frozen
-    parameters stay. The running statistics of both passes are discarded.
+    parameters stay. What moves besides, the running statistics, is discarded.
 
     Args:
       program: with `meta`.
       state: training state.
-      context: the incremental step's constants.
+      context: the constants of the step's phase.
       batch: training batch, from D_t.
       held_out: batch of the balanced B_t.
       learning_rate: [] float32, of the inner step unless program.meta fixes one.
-      axis_name: name of the pmapped axis, or None.
     """
     meta = program.meta
     assert meta is not None
@@ -234,24 +260,23 @@ def meta_step(
     seen = log_prior.uniform(context.seen)
 
     def train_loss(params: PyTree, alpha: Array) -> Array:
-        rest = (context, batch, teacher, axis_name)
-        return _loss(program, params, state.batch_stats, alpha, *rest)[0]
+        moved = _with_params(state, params).replace(alpha=alpha)
+        return _loss(program, moved, context, batch, teacher)[0]
 
     def validation_loss(params: PyTree) -> Array:
-        train = meta.batch_norm == "train"
-        out, _ = _forward(
-            program.model, params, state.batch_stats, held_out, train, axis_name
-        )
+        apply = _applier(program, meta.batch_norm == "train", held_out.axis_name)
+        network = state.network.replace(params=params)
+        out, _ = program.forward(apply, network, held_out, context)
         values = softmax_cross_entropy(out["logits"], held_out.labels, seen)
-        return _share(values, held_out.valid, axis_name)
+        return _share(values, held_out.valid, held_out.axis_name)
 
     gradient = meta_alpha.gradient(
         train_loss,
         validation_loss,
-        state.params,
+        state.network.params,
         state.alpha,
         meta.inner_learning_rate or learning_rate,
-        axis_name=axis_name,
+        axis_name=batch.axis_name,
         scale=context.update_scale,
     )
     alpha, alpha_opt_state = meta_alpha.update(
@@ -272,6 +297,7 @@ def fetch(
     rows: Rows,
     update: Array | int,
     key: Array | None,
+    axis_name: str | None = None,
 ) -> Batch:
     """The batch of one update; augmented where a random key is given.
 
@@ -287,32 +313,31 @@ def fetch(
         images = program.test_images(images)
     else:
         images = program.train_images(images, key, rows.numbers[update])
-    return Batch(images, labels, rows.valid[update])
+    return Batch(images, labels, rows.valid[update], axis_name)
 
 
 def make_evaluate(program: Program) -> Callable:
-    """Returns evaluate(params, batch_stats, seen, data, rows, axis_name).
+    """Returns evaluate(network, context, data, rows, axis_name).
 
     It gives, for [1, B] rows, whether there is an image (float32 [1, B], the rows'
-    `valid`), the class of the highest logit among the seen classes (int32 [1, B]),
-    whether the label is among the five highest (bool [1, B]) and the features
-    (float32 [1, B, D]), at the highest matmul precision like all features.
+    `valid`), the predicted class (int32 [1, B]; see `scores`), whether the label is
+    among the five highest scores (bool [1, B]) and the features (float32 [1, B, D]), at
+    the highest matmul precision like all features.
     """
 
     def evaluate(
-        params: PyTree,
-        batch_stats: PyTree,
-        seen: Array,
+        network: Network,
+        context: StepContext,
         data: Images | None,
         rows: Rows,
         axis_name: str | None = None,
     ) -> tuple[Array, Array, Array, Array]:
-        batch = fetch(program, data, rows, 0, None)
-        out = _test_outputs(program, params, batch_stats, batch, axis_name)
-        logits = out["logits"] + log_prior.uniform(seen)[None, :]
-        of_label = jnp.take_along_axis(logits, batch.labels[:, None], axis=1)
-        higher = jnp.sum(logits > of_label, axis=1)
-        predicted = jnp.argmax(logits, axis=1).astype(jnp.int32)
+        batch = fetch(program, data, rows, 0, None, axis_name)
+        out = outputs_of(program, network, batch, context)
+        found = scores(out, context.seen)
+        of_label = jnp.take_along_axis(found, batch.labels[:, None], axis=1)
+        higher = jnp.sum(found > of_label, axis=1)
+        predicted = jnp.argmax(found, axis=1).astype(jnp.int32)
         features = out["features"].astype(jnp.float32)
         return rows.valid, predicted[None], (higher < 5)[None], features[None]
 
@@ -320,40 +345,46 @@ def make_evaluate(program: Program) -> Callable:
 
 
 def make_features(program: Program) -> Callable:
-    """Returns features(params, batch_stats, data, flip, rows, axis_name).
+    """Returns features(network, context, data, view, rows, axis_name).
 
     The rows' `valid` [1, B], and float32 features [1, B, D] of the test transform, of
-    the mirrored images where `flip` ([] bool) says so.
+    the view that `view` ([] int32) numbers in VIEWS. Only square images are rotated.
     """
 
     def features(
-        params: PyTree,
-        batch_stats: PyTree,
+        network: Network,
+        context: StepContext,
         data: Images | None,
-        flip: Array,
+        view: Array,
         rows: Rows,
         axis_name: str | None = None,
     ) -> tuple[Array, Array]:
-        batch = fetch(program, data, rows, 0, None)
-        mirrored = jnp.where(flip, batch.images[:, :, ::-1], batch.images)
-        batch = batch.replace(images=mirrored)
-        out = _test_outputs(program, params, batch_stats, batch, axis_name)
+        batch = fetch(program, data, rows, 0, None, axis_name)
+        batch = batch.replace(images=_viewed(batch.images, view))
+        out = outputs_of(program, network, batch, context)
         return rows.valid, out["features"][None].astype(jnp.float32)
 
     return features
 
 
-def _test_outputs(
-    program: Program,
-    params: PyTree,
-    batch_stats: PyTree,
-    batch: Batch,
-    axis_name: str | None,
+def _viewed(images: Array, view: Array) -> Array:
+    """The images as `view` wants them."""
+    seen = jnp.where(view == VIEWS.index("mirrored"), images[:, :, ::-1], images)
+    if images.shape[1] == images.shape[2]:
+        for turns in (1, 2, 3):
+            turned = jnp.rot90(images, turns, axes=(1, 2))
+            seen = jnp.where(view == VIEWS.index(f"rotated{90 * turns}"), turned, seen)
+    return seen
+
+
+def outputs_of(
+    program: Program, network: Network, batch: Batch, context: StepContext
 ) -> Outputs:
     """Outputs in evaluation mode, at the highest matmul precision.
 
     What exemplars are selected from, and what is predicted, must not depend on TF32.
     """
     with jax.default_matmul_precision("highest"):
-        out, _ = _forward(program.model, params, batch_stats, batch, False, axis_name)
+        apply = _applier(program, False, batch.axis_name)
+        out, _ = program.forward(apply, network, batch, context)
     return out

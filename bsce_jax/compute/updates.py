@@ -1,6 +1,6 @@
 """Consecutive updates as one compiled function: batches, random keys, the loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,15 +16,19 @@ from bsce_jax.compute.state import (
 )
 from bsce_jax.compute.steps import Program, fetch, meta_step, train_step
 
+TRAIN, HELD_OUT = "train", "held_out"
+"""Streams of images of a phase: D_t, and the balanced B_t that alpha is learned on."""
+
 _Outcome = tuple[TrainState, dict[str, Array]]
+_Streams = Mapping[str, Rows]
 
 
 def make_train_update(program: Program) -> Callable:
-    """Returns update(state, context, data, count, schedule, rows, axis_name).
+    """Returns update(state, context, data, count, schedule, streams, axis_name).
 
-    It runs `count` consecutive updates of a plan of U, and returns the state and
-    metrics [U]. For U = 1 there is no loop: XLA:CPU runs the backward pass of a
-    convolution inside a loop some 19 times slower.
+    It runs `count` consecutive updates of a plan of U on the stream TRAIN, and returns
+    the state and metrics [U]. For U = 1 there is no loop: XLA:CPU runs the backward
+    pass of a convolution inside a loop some 19 times slower.
     """
     return _checked(_loop(program))
 
@@ -38,16 +42,17 @@ def _loop(program: Program) -> Callable:
         data: Images | None,
         count: Array,
         schedule: Schedule,
-        rows: Rows,
+        streams: _Streams,
         axis_name: str | None = None,
-    ) -> tuple[TrainState, dict[str, Array]]:
-        def one(
-            u: Array | int, carry: tuple[TrainState, dict[str, Array]]
-        ) -> tuple[TrainState, dict[str, Array]]:
+    ) -> _Outcome:
+        rows = streams[TRAIN]
+
+        def one(u: Array | int, carry: _Outcome) -> _Outcome:
             state, metrics = carry
-            batch = fetch(program, data, rows, u, _key(schedule, u, 0))
+            key = _key(schedule, u, 0)
+            batch = fetch(program, data, rows, u, key, axis_name)
             state, new = train_step(
-                program, state, context, batch, schedule.learning_rate[u], axis_name
+                program, state, context, batch, schedule.learning_rate[u]
             )
             new["alpha"] = state.alpha
             return state, {
@@ -64,10 +69,10 @@ def _loop(program: Program) -> Callable:
 
 
 def make_meta_update(program: Program) -> Callable:
-    """Returns update(state, context, data, count, schedule, rows, held_out, ...).
+    """Returns update(state, context, data, count, schedule, streams, axis_name).
 
     As make_train_update, with an update of alpha before every meta.every-th update,
-    from the first. Row g of held_out belongs to the g-th of them.
+    from the first. Row g of the stream HELD_OUT belongs to the g-th of them.
     """
     meta = program.meta
     assert meta is not None
@@ -79,34 +84,35 @@ def make_meta_update(program: Program) -> Callable:
         data: Images | None,
         count: Array,
         schedule: Schedule,
-        rows: Rows,
-        held_out: Rows,
+        streams: _Streams,
         axis_name: str | None = None,
     ) -> _Outcome:
+        rows, held_out = streams[TRAIN], streams[HELD_OUT]
+
         def alpha_update(state: TrainState, group: Array | int) -> TrainState:
             u = group * meta.every
-            batch = fetch(program, data, rows, u, _key(schedule, u, 0))
-            balanced = fetch(program, data, held_out, group, _key(schedule, u, 1))
+            key, held_out_key = _key(schedule, u, 0), _key(schedule, u, 1)
+            batch = fetch(program, data, rows, u, key, axis_name)
+            balanced = fetch(program, data, held_out, group, held_out_key, axis_name)
             rate = schedule.learning_rate[u]
-            return meta_step(program, state, context, batch, balanced, rate, axis_name)
+            return meta_step(program, state, context, batch, balanced, rate)
 
         if len(rows.indices) == 1:
             state = alpha_update(state, 0)
-            return train_update(state, context, data, count, schedule, rows, axis_name)
+            return train_update(
+                state, context, data, count, schedule, streams, axis_name
+            )
 
-        def one(
-            u: Array, carry: tuple[TrainState, dict[str, Array]]
-        ) -> tuple[TrainState, dict[str, Array]]:
+        def one(u: Array, carry: _Outcome) -> _Outcome:
             state, metrics = carry
             at = lambda tree: jax.tree.map(lambda leaf: leaf[u][None], tree)  # noqa: E731
+            only = {TRAIN: at(rows)}
             state, new = train_update(
-                state, context, data, count, at(schedule), at(rows), axis_name
+                state, context, data, count, at(schedule), only, axis_name
             )
             return state, {k: metrics[k].at[u].set(new[k][0]) for k in metrics}
 
-        def group(
-            g: Array, carry: tuple[TrainState, dict[str, Array]]
-        ) -> tuple[TrainState, dict[str, Array]]:
+        def group(g: Array, carry: _Outcome) -> _Outcome:
             carry = (alpha_update(carry[0], g), carry[1])
             first = g * meta.every
             last = jnp.minimum(first + meta.every, count)
@@ -128,8 +134,9 @@ def _checked(update: Callable) -> Callable:
 
     def checked(*arguments: Any, axis_name: str | None = None) -> _Outcome:
         state, metrics = update(*arguments, axis_name=axis_name)
-        network = state.params, state.batch_stats
-        leaves = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(network)]
+        leaves = [
+            jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state.network)
+        ]
         finite = jnp.all(jnp.stack(leaves))
         finite = jnp.broadcast_to(finite, metrics["loss"].shape)
         return state, metrics | {"finite": finite}

@@ -3,7 +3,20 @@
 Configuration files in configs/ need the names below and no others.
 """
 
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config.fields import default_config, only, phase
+from bsce_jax.config.files import (
+    COMMON_ARGUMENTS,
+    apply_arguments,
+    large_images,
+    method_module,
+)
 
-__all__ = ["COMMON_ARGUMENTS", "apply_arguments", "default_config", "method_module"]
+__all__ = [
+    "COMMON_ARGUMENTS",
+    "apply_arguments",
+    "default_config",
+    "large_images",
+    "method_module",
+    "only",
+    "phase",
+]

@@ -1,175 +1,299 @@
-"""Every field of a run's configuration, with its default and what it means.
+"""Every field of a run's configuration, declared once.
 
 A configuration file starts from `default_config()` and changes fields; the command
-line changes them again (`--config.optim.epochs=10`). `config.resolve` resolves and
-validates the outcome.
+line changes them again (`--config.optim.batch_size=64`). What is checked, what is
+hashed, `--help` and docs/configuration.md all follow from FIELDS and PHASE.
+`config.resolve` resolves and validates the outcome.
 """
 
-from ml_collections import ConfigDict
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from bsce_jax.config import sections
+from bsce_jax.config.declare import Field, finite, kind, same_type
+from bsce_jax.errors import UserError
+
+RUN = {
+    "name": Field(
+        "", "Label in reports; '' = data set, method, prior and steps.", hashed=False
+    ),
+    "seed": Field(
+        0,
+        "Initialisation, data order, augmentation and random selections.",
+        least=0,
+        most=2**31 - 1,
+        base=True,
+    ),
+    "method": Field(
+        "il_baseline", "Its procedure in bsce_jax/methods; its losses are in `terms`."
+    ),
+    "options": Field({}, "Settings of the method: OPTIONS of its module, by name."),
+    "prior": Field(
+        "none",
+        "Log-prior added to the logits in training (Jodelet et al., Eq. 3, 5 and 6): "
+        "none (softmax), balanced, weighted (fixed alpha), meta, relaxed.",
+        choices=("none", "balanced", "weighted", "meta", "relaxed"),
+    ),
+    "alpha": Field(
+        1.0, "weighted: factor of the old classes' counts (Eq. 5).", least=1e-12
+    ),
+    "epsilon": Field(
+        None,
+        "relaxed: weight of every old class (Eq. 6); where none is given, the "
+        "paper's, 0.2 percent. 0 without a memory only.",
+        least=0,
+    ),
+    "epsilon_unit": Field(
+        "count",
+        "Unit of epsilon: images, or percent of data.nominal_per_class.",
+        choices=("count", "percent"),
+    ),
+    "classification": Field(
+        "auto",
+        "auto: the method's own classification loss, whose place softmax_ce takes "
+        "where there is a prior; or softmax_ce, or (without a prior) "
+        "separated_softmax_ce.",
+        choices=("auto", "softmax_ce", "separated_softmax_ce"),
+    ),
+    "init_from": Field(
+        "", "Workdir of another run whose base step is taken over.", hashed=False
+    ),
+    "parallel": Field(
+        "jit", "jit (over a mesh of all devices) or pmap.", choices=("jit", "pmap")
+    ),
+    "updates_per_call": Field(
+        0,
+        "Updates in one compiled call; 0 = 1 on CPU and with streamed images, else 50.",
+        least=0,
+    ),
+    "matmul_precision": Field(
+        "default",
+        "Of products on accelerators; highest is float32, default TF32 on a GPU.",
+        choices=("default", "high", "highest"),
+        base=True,
+    ),
+    "deterministic": Field(False, "GPU: only reproducible kernels (slower)."),
+    "print_plan": Field(
+        False, "Print what would run, per step, and stop.", hashed=False
+    ),
+    "log_seconds": Field(
+        10.0,
+        "Interval of log lines where there is no terminal.",
+        least=0,
+        hashed=False,
+    ),
+    "compile_cache": Field(
+        True, "Keep compiled programs in the workdir.", hashed=False
+    ),
+}
+
+LOSSES = {
+    "terms": Field(
+        {},
+        "Loss terms: name of a module in bsce_jax/losses -> weight, factor and "
+        "options. A weight is a number or one of terms.WEIGHTS (rho = old classes / "
+        "seen classes); factor (1 where it is not given) multiplies it.",
+    ),
+    "phases": Field(
+        ("base", "incremental"),
+        "Names of the sections of `phase`, in the order in which they run.",
+    ),
+}
+
+# The fields of each section phase.<name>.
+PHASE = {
+    "steps": Field(
+        "later",
+        "base: the phase is part of the base step; later: of every incremental step.",
+        choices=("base", "later"),
+    ),
+    "images": Field(
+        "training",
+        "What it learns from. training: the step's training set; held_out: the "
+        "balanced held-out split (Meta's), which is then taken out of training; "
+        "exemplars: those of all classes seen, chosen before the phase begins. "
+        "Without a memory a phase on the last two does not run.",
+        choices=("training", "held_out", "exemplars"),
+    ),
+    "when_prior": Field(
+        "any",
+        "none: the phase does not exist where there is a prior, whose balanced loss "
+        "takes its place.",
+        choices=("any", "none"),
+    ),
+    "epochs": Field(0, "Passes over its images; 0: the phase does not exist.", least=0),
+    "learning_rate": Field(0.1, "In the first epoch.", least=0),
+    "schedule": Field(
+        "step",
+        "step (milestones), or cosine (to 0, one epoch behind, as PODNet's authors "
+        "run it).",
+        choices=("step", "cosine"),
+    ),
+    "milestones": Field((), "step: epochs at which the rate is multiplied by decay."),
+    "decay": Field(0.1, "See milestones.", least=0, most=1),
+    "by_step": Field(
+        "constant",
+        "1/step: the rate is divided by the number of the step, counted from 1.",
+        choices=("constant", "1/step"),
+    ),
+    "sampling": Field(
+        "uniform",
+        "Images of an incremental step with exemplars. uniform: each once an epoch; "
+        "memory: as many old as new ones, drawn with replacement; class: as many of "
+        "every class. Log-priors count the training set whatever is drawn from it.",
+        choices=("uniform", "memory", "class"),
+    ),
+    "terms": Field(
+        {},
+        "Nothing: all of `terms`; else name -> weight, a number or a named one: only "
+        "those terms, with that weight. Their factor and options stay as they are in "
+        "`terms`.",
+    ),
+    "rate.convolutions": Field(
+        1.0,
+        "Factor of the learning rate of the network's other parameters; 0 = frozen, "
+        "here and below.",
+        least=0,
+    ),
+    "rate.batch_norms": Field(1.0, "Likewise, BatchNorm's parameters.", least=0),
+    "rate.head": Field(1.0, "Likewise, the head's rows.", least=0),
+    "rate.scale": Field(1.0, "Likewise, the head's learned scale.", least=0),
+    "rate.auxiliary": Field(1.0, "Likewise, the auxiliary branch.", least=0),
+    "rate.own": Field(
+        1.0, "Likewise, what a method trains besides the network.", least=0
+    ),
+    "rows": Field(
+        "seen",
+        "Rows of the head that move; new: those of the old classes stay.",
+        choices=("seen", "new"),
+    ),
+    "batch_norm": Field(
+        "train",
+        "train: statistics of the batch, running ones go on; eval: running ones.",
+        choices=("train", "eval"),
+    ),
+    "augment": Field(True, "Images are augmented; else they are as in evaluation."),
+    "teacher": Field(
+        "before",
+        "before: the network before the step; now: a copy taken as the phase begins.",
+        choices=("before", "now", "none"),
+    ),
+    "forward": Field(
+        "", "Function of the method's module that makes outputs; '' = the network's."
+    ),
+    "optimizer": Field(
+        "new",
+        "new: momentum starts anew; kept: it goes on from the phase before.",
+        choices=("new", "kept"),
+    ),
+}
+
+
+def _of_section(name: str, fields: Mapping[str, Field]) -> dict[str, Field]:
+    return {f"{name}.{field}": declared for field, declared in fields.items()}
+
+
+# By dotted name; those of the phases are in PHASE.
+FIELDS: dict[str, Field] = {
+    **RUN,
+    **_of_section("data", sections.DATA),
+    **_of_section("scenario", sections.SCENARIO),
+    **_of_section("memory", sections.MEMORY),
+    **_of_section("model", sections.MODEL),
+    **LOSSES,
+    **_of_section("optim", sections.OPTIM),
+    **_of_section("meta", sections.META),
+    **_of_section("evaluation", sections.EVALUATION),
+    **_of_section("checkpoint", sections.CHECKPOINT),
+}
+
+
+def find(name: str) -> Field | None:
+    """The field of a dotted name, also of a phase; None where there is none.
+
+    A name inside a section of free names, such as terms.kd.weight, belongs to it.
+    """
+    if name in FIELDS:
+        return FIELDS[name]
+    section, _, rest = name.partition(".")
+    if section in FIELDS and isinstance(FIELDS[section].default, dict):
+        return FIELDS[section]
+    _, _, of_phase = rest.partition(".")
+    if section != "phase":
+        return None
+    return PHASE.get(of_phase) or PHASE.get(of_phase.partition(".")[0])
 
 
 def default_config() -> ConfigDict:
     """Returns every field at its default: CIFAR-100, IL-Baseline, softmax (CE)."""
-    c = ConfigDict()
-    c.name = ""  # label in reports; "" = data set, method, prior and steps
-    c.seed = 0  # initialisation, data order, augmentation and random selections
-    c.method = "il_baseline"  # its procedure in bsce_jax/methods; losses: `terms`
-    # Log-prior added to the logits in training (Jodelet et al., Eq. 3, 5 and 6):
-    # none (softmax) | balanced | weighted (fixed alpha) | meta | relaxed
-    c.prior = "none"
-    c.alpha = 1.0  # weighted: factor of the old classes' counts (Eq. 5)
-    c.epsilon = 0.0  # relaxed: weight of every old class (Eq. 6)
-    c.epsilon_unit = "count"  # count | percent of data.nominal_per_class
-    # auto: the method's own classification loss, whose place softmax_ce takes where
-    # there is a prior | softmax_ce | separated_softmax_ce (without a prior)
-    c.classification = "auto"
-    # Images of an incremental step with exemplars: uniform (each once an epoch) |
-    # memory (as many old as new ones, drawn with replacement) | class (as many of
-    # every class); log-priors count the training set whatever is drawn from it.
-    c.sampling = "uniform"
-    c.init_from = ""  # workdir of another run whose base step is taken over
-    c.parallel = "jit"  # jit (over a mesh of all devices) | pmap
-    # updates in one compiled call; 0 = 1 on CPU and with streamed images, else 50
-    c.updates_per_call = 0
-    c.matmul_precision = "default"  # default | high | highest (float32 on GPU: TF32)
-    c.deterministic = False  # GPU: only reproducible kernels (slower)
-    c.print_plan = False  # print what would run, per step, and stop
-    c.log_seconds = 10.0  # interval of log lines where there is no terminal
-    c.compile_cache = True  # keep compiled programs in the workdir
-    c.data = _data()
-    c.scenario = _scenario()
-    c.memory = _memory()
-    c.model = _model()
-    c.optim = _optim()
-    c.finetune = _finetune()
-    # Loss terms: name of a module in bsce_jax/losses -> weight, factor and options. A
-    # weight is a number or one of terms.WEIGHTS ("rho" = old classes / seen
-    # classes); `factor` (1 where it is not given) multiplies it.
-    c.terms = ConfigDict()
-    c.meta = _meta()
-    c.evaluation = ConfigDict()
-    c.evaluation.batch_size = 500  # images a call, in evaluation and herding
-    # With a memory, also the accuracy of the nearest mean of exemplars (iCaRL).
-    c.evaluation.nearest_mean = True
-    c.checkpoint = ConfigDict()
-    c.checkpoint.minutes = 10.0  # inside a step; the end of a step always saves
-    c.checkpoint.keep = 2  # newest checkpoints kept besides the ends of steps
-    return c
+    config = _build(FIELDS)
+    long = {"epochs": 250, "milestones": (100, 150, 200)}
+    config.phase = ConfigDict()
+    config.phase.base = phase(steps="base", teacher="none", **long)
+    config.phase.incremental = phase(**long)
+    return config
 
 
-def _data() -> ConfigDict:
-    c = ConfigDict()
-    c.name = "cifar100"  # a tfds data set prepared as array_record, or "digits"
-    c.data_dir = ""  # "" = TFDS_DATA_DIR or ~/tensorflow_datasets
-    c.train_split = "train"
-    c.test_split = "test"
-    # resident (decoded once, kept on the devices) | streaming (decoded as they are
-    # needed, by Grain)
-    c.loading = "resident"
-    # resident: images are shrunk to this size once, 0 = as they are; streaming: side of
-    # the crops
-    c.image_size = 0
-    c.resize = 0  # streaming, evaluation: shorter side before the centre crop; 0 = none
-    # streaming, training: a random part of the image (Inception's), else as evaluation
-    c.random_resized_crop = True
-    c.crop_area = (0.08, 1.0)  # that part's share of the image
-    c.corrupt = "refuse"  # streaming, image that is none: refuse | skip (weight 0)
-    # streaming: decoding processes of a host; 0 = threads of its one, -1 = automatic
-    c.workers = -1
-    c.timeout = 600.0  # streaming: seconds to wait for a batch; 0 = for ever
-    c.max_per_class = 0  # first training images of each class; 0 = all
-    c.nominal_per_class = 500  # for epsilon in percent
-    # Fraction of the training images held out; where it is not 0 the accuracies are
-    # those on the held-out images, so that nothing is tuned on the test images.
-    c.validation_fraction = 0.0
-    c.padding = 4  # zero padding of the random crop, pixels; 0 = no crop
-    c.flip = True  # random horizontal flip
-    c.brightness = 0.0  # random brightness factor in [1 - b, 1 + b]
-    c.mean = (0.5071, 0.4866, 0.4409)  # per channel, of pixels in [0, 1]
-    c.std = (0.2009, 0.1984, 0.2023)
-    return c
+def phase(**changes: Any) -> ConfigDict:
+    """A section of `config.phase`: every field of a phase at its default, but these.
+
+    Args:
+      **changes: fields of PHASE; `rate` is a dict of some groups, or see `only`, and
+        `terms` one of weights.
+
+    Raises:
+      UserError: an unknown name, or a value of a wrong type.
+    """
+    section = _build(PHASE)
+    for name, value in changes.items():
+        if name == "rate" and isinstance(value, Mapping):
+            for group, factor in value.items():
+                _set(section.rate, group, factor, "rate.")
+        elif name == "terms" and isinstance(value, Mapping):
+            section.terms = ConfigDict(dict(value))
+        else:
+            _set(section, name, value, "")
+    return section
 
 
-def _scenario() -> ConfigDict:
-    c = ConfigDict()
-    c.subset = "all"  # classes used: all | first100 | lucir (of ImageNet's 1000)
-    # seed<N> (NumPy shuffle) | icarl | natural | labels separated by commas
-    c.class_order = "seed1993"
-    c.base_classes = 50  # classes of the base step; 0 = `steps` equal groups
-    c.steps = 5  # incremental steps after the base step (groups, without a base)
-    return c
+def only(**rates: float) -> dict[str, float]:
+    """Factors of the learning rate for `phase(rate=...)`: all others are frozen."""
+    groups = [name.partition(".")[2] for name in PHASE if name.startswith("rate.")]
+    return {**dict.fromkeys(groups, 0.0), **rates}
 
 
-def _memory() -> ConfigDict:
-    c = ConfigDict()
-    c.kind = "growing"  # growing (per_class each) | fixed (budget in all) | none
-    c.per_class = 20  # growing: exemplars of a class
-    c.budget = 2000  # fixed: exemplars of all classes together
-    c.selection = "herding"  # herding | random
-    return c
+def _set(section: ConfigDict, name: str, value: Any, prefix: str) -> None:
+    """Sets a field of a phase."""
+    if name not in section or isinstance(section[name], ConfigDict):
+        if prefix + name in {field.partition(".")[0] for field in PHASE}:
+            raise UserError(f"phase({prefix}{name}={value!r}): expected a dict")
+        names = ", ".join(section)
+        raise UserError(f"phase({prefix}{name}=...) is unknown; known: {names}")
+    want = PHASE[prefix + name].default
+    if not (same_type(value, want) and finite(value)):
+        raise UserError(
+            f"phase({prefix}{name}={value!r}): expected a finite value of type "
+            f"{kind(want)}"
+        )
+    section[name] = value
 
 
-def _model() -> ConfigDict:
-    c = ConfigDict()
-    # resnet<6n+2> (CIFAR) | resnet18 | resnet34 | podnet<6n+2> | podnet18: the last
-    # two are PODNet's, where shortcut, final_relu and stem are as published
-    c.name = "resnet32"
-    c.width = 0  # channels of the first stage; 0 = as published (16 or 64)
-    c.shortcut = "B"  # A (padding) | B (1x1 convolution), CIFAR networks
-    c.final_relu = True  # ReLU after the last block's addition
-    c.stem = "7x7"  # 7x7 | 3x3, resnet18 and resnet34
-    c.head = "linear"  # linear | cosine (LUCIR) | local_similarity (PODNet)
-    c.proxies = 10  # of a class, local_similarity
-    c.dtype = "float32"  # float32 | bfloat16 compute; parameters are float32
-    c.conv_chunks = 0  # batch chunks of a convolution (CPU speed); 0 = automatic
-    return c
-
-
-def _optim() -> ConfigDict:
-    c = ConfigDict()
-    c.epochs = 250
-    c.batch_size = 128  # images of all devices together
-    c.learning_rate = 0.1
-    c.momentum = 0.9
-    c.weight_decay = 2e-4  # coupled (L2), on every parameter
-    # step (milestones) | cosine (to 0, one epoch behind, as PODNet's authors run it)
-    c.schedule = "step"
-    c.milestones = (100, 150, 200)  # epochs at which the rate is multiplied by decay
-    c.decay = 0.1
-    c.clip = 0.0  # every entry of the gradient is kept in [-clip, clip]; 0 = no limit
-    c.freeze_old_rows = False  # the old classes' rows of the head do not move
-    # The base step, where it differs: 0 epochs = epochs and milestones as above, rate
-    # 0 = as above.
-    c.base_epochs = 0
-    c.base_learning_rate = 0.0
-    c.base_milestones = ()
-    return c
-
-
-def _finetune() -> ConfigDict:
-    """Balanced fine-tuning on the exemplars of all classes, after a step's training."""
-    c = ConfigDict()
-    # auto: where prior is none (a balanced loss takes its place) | always | never
-    c.when = "auto"
-    c.epochs = 0  # 0 = the method has no fine-tuning
-    c.learning_rate = 0.01
-    c.milestones = ()  # epochs at which the rate is multiplied by optim.decay
-    c.trainable = "head"  # head (all rows, but not the learned scale) | all
-    c.batch_norm = "eval"  # train: batch statistics, running ones go on | eval
-    return c
-
-
-def _meta() -> ConfigDict:
-    c = ConfigDict()
-    c.every = 10  # updates from one update of alpha to the next
-    c.fraction = 0.1  # of a class's exemplars held out in B_t (at least one)
-    c.batch_size = 128  # images of a batch of B_t
-    c.inner_learning_rate = 0.0  # one-step inner SGD; 0 = the current learning rate
-    c.optimizer = "sgd"  # of alpha: sgd | adam
-    c.learning_rate = 1.0  # of alpha
-    # What that optimiser moves: alpha | log_alpha (its steps are then factors)
-    c.variable = "alpha"
-    c.minimum = 1e-3  # alpha stays in [minimum, maximum]
-    c.maximum = 10.0
-    c.batch_norm = "train"  # statistics of the pass over B_t: train | eval
-    return c
+def _build(fields: Mapping[str, Field]) -> ConfigDict:
+    """A configuration of defaults."""
+    config = ConfigDict()
+    for name, field in fields.items():
+        *parents, last = name.split(".")
+        section = config
+        for parent in parents:
+            if parent not in section:
+                section[parent] = ConfigDict()
+            section = section[parent]
+        if field.default is None:
+            section[last] = config_dict.placeholder(float)
+        elif isinstance(field.default, dict):
+            section[last] = ConfigDict()
+        else:
+            section[last] = field.default
+    return config

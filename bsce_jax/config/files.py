@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from bsce_jax.config import options
 from bsce_jax.errors import UserError
 
 
@@ -16,7 +17,8 @@ def parse_arguments(argument: str | None, allowed: Mapping[str, Any]) -> dict[st
 
     Args:
       argument: what stands after the colon of `--config file.py:...`, or None.
-      allowed: the names with their defaults; a value takes its default's type.
+      allowed: the names with their defaults; a value takes its default's type, a
+        number where that is None, "not given".
 
     Returns:
       Every name of `allowed` with its value.
@@ -32,23 +34,26 @@ def parse_arguments(argument: str | None, allowed: Mapping[str, Any]) -> dict[st
                 f"config argument {part!r}: expected name=value with name one of "
                 + ", ".join(allowed)
             )
+        default = allowed[name]
+        kind = float if default is None else type(default)
         try:
-            values[name] = type(allowed[name])(text)
+            values[name] = kind(text)
         except ValueError:
-            kind = type(allowed[name]).__name__
-            raise UserError(f"config argument {part!r}: {name} is {kind}") from None
+            raise UserError(
+                f"config argument {part!r}: {name} is {kind.__name__}"
+            ) from None
     return values
 
 
-# Arguments that configuration files have in common, and the field of each.
-COMMON_ARGUMENTS = {
+# Arguments that configuration files have in common, with their defaults.
+COMMON_ARGUMENTS: dict[str, Any] = {
     "method": "il_baseline",
     "prior": "none",
     "steps": 5,
     "memory": 20,
     "seed": 0,
     "alpha": 1.0,
-    "epsilon": 0.0,
+    "epsilon": None,
 }
 
 
@@ -65,8 +70,8 @@ def apply_arguments(
 ) -> None:
     """Sets the fields that a configuration file's string argument names.
 
-    memory is the number of exemplars a class, 0 for no memory; method is left for
-    `method_module`, which sets more than its name.
+    memory is the number of exemplars a class, 0 for no memory. The method's options get
+    their defaults; its losses and hyper-parameters are left for `method_module`.
 
     Args:
       config: changed in place.
@@ -78,10 +83,31 @@ def apply_arguments(
     """
     given = parse_arguments(argument, allowed)
     config.update_from_flattened_dict(
-        {_ARGUMENT_FIELDS.get(name, name): value for name, value in given.items()}
+        {
+            _ARGUMENT_FIELDS.get(name, name): value
+            for name, value in given.items()
+            if value is not None
+        }
     )
     if not given["memory"]:
         config.memory.kind = "none"
+    config.options = options.defaults(config.method)
+
+
+def large_images(
+    config: ConfigDict, normalization: tuple[tuple[float, ...], tuple[float, ...]]
+) -> None:
+    """Sets what the runs on large photographs have in common: streamed, 224 pixels.
+
+    Args:
+      config: changed in place.
+      normalization: mean and standard deviation of each channel.
+    """
+    data = config.data
+    data.loading, data.image_size, data.resize = "streaming", 224, 256
+    data.random_resized_crop, data.padding, data.flip = True, 0, True
+    data.mean, data.std = normalization
+    config.evaluation.batch_size = 256
 
 
 def method_module(config_file: str, method: str) -> ModuleType:

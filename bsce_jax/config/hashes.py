@@ -7,19 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# Fields that cannot change the results of a run that ends: not part of its hash.
-NOT_HASHED = (
-    "name",
-    "print_plan",
-    "log_seconds",
-    "compile_cache",
-    "init_from",
-    "checkpoint",
-    "data.data_dir",
-    "data.workers",
-    "data.timeout",
-    "data.corrupt",  # a run that "refuse" has ended goes on with "skip"
-)
+from bsce_jax.config import fields
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -37,6 +25,11 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
+def listing(config: ConfigDict) -> str:
+    """Every field and its value, a line each."""
+    return "\n".join(f"  {n} = {value!r}" for n, value in flatten(config).items())
+
+
 def digest(values: Any) -> str:
     """SHA-256 (hexadecimal) of JSON-able values, independent of dict order."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
@@ -50,7 +43,37 @@ def config_hash(config: ConfigDict) -> str:
 
 def is_hashed(name: str) -> bool:
     """Whether a field, by its dotted name, can change the results."""
-    return not any(name == n or name.startswith(n + ".") for n in NOT_HASHED)
+    field = fields.find(name)
+    return field is None or field.hashed
+
+
+def base_fields(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What reaches the base step as it stands, of a flattened configuration.
+
+    Args:
+      flat: resolved and flattened; of an older run it may lack fields, and phases.
+
+    Returns:
+      The fields declared so, those of the phases of the base step (but for their
+      terms, whose weights there are numbers) with the order of these phases, and the
+      method's name and options where one of these phases uses its `forward`.
+    """
+    base = [
+        name
+        for name in flat.get("phases", ())
+        if flat.get(f"phase.{name}.steps") == "base"
+    ]
+    prefixes = tuple(f"phase.{name}." for name in base)
+    without = tuple(f"phase.{name}.terms." for name in base)
+    if any(flat.get(f"phase.{name}.forward") for name in base):
+        prefixes += ("method", "options.")
+    found = {
+        name: value
+        for name, value in flat.items()
+        if (name in fields.FIELDS and fields.FIELDS[name].base)
+        or (name.startswith(prefixes) and not name.startswith(without))
+    }
+    return found | ({"phases": base} if base else {})
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:

@@ -6,90 +6,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bsce_jax import methods
-from bsce_jax.config import terms
-from bsce_jax.config.fields import default_config
+from bsce_jax.config import options, priors, terms
+from bsce_jax.config.declare import finite, kind, same_type
+from bsce_jax.config.fields import FIELDS, PHASE, find
 from bsce_jax.config.hashes import flatten
 from bsce_jax.errors import UserError, field_error
-from bsce_jax.models import heads
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "prior": ("none", "balanced", "weighted", "meta", "relaxed"),
-    "epsilon_unit": ("count", "percent"),
-    "classification": ("auto", "softmax_ce", "separated_softmax_ce"),
-    "sampling": ("uniform", "memory", "class"),
-    "parallel": ("jit", "pmap"),
-    "matmul_precision": ("default", "high", "highest"),
-    "data.loading": ("resident", "streaming"),
-    "data.corrupt": ("refuse", "skip"),
-    "scenario.subset": ("all", "first100", "lucir"),
-    "memory.kind": ("growing", "fixed", "none"),
-    "memory.selection": ("herding", "random"),
-    "model.shortcut": ("A", "B"),
-    "model.stem": ("7x7", "3x3"),
-    "model.head": heads.NAMES,
-    "model.dtype": ("float32", "bfloat16"),
-    "optim.schedule": ("step", "cosine"),
-    "finetune.when": ("auto", "always", "never"),
-    "finetune.trainable": ("head", "all"),
-    "finetune.batch_norm": ("train", "eval"),
-    "meta.optimizer": ("sgd", "adam"),
-    "meta.variable": ("alpha", "log_alpha"),
-    "meta.batch_norm": ("train", "eval"),
-}
-# Inclusive lower and upper bounds; None = no bound.
-BOUNDS: dict[str, tuple[float | None, float | None]] = {
-    "seed": (0, 2**31 - 1),
-    "alpha": (1e-12, None),
-    "epsilon": (0, None),
-    "updates_per_call": (0, None),
-    "log_seconds": (0, None),
-    "data.image_size": (0, None),
-    "data.resize": (0, None),
-    "data.workers": (-1, 1024),
-    "data.timeout": (0, None),
-    "data.max_per_class": (0, None),
-    "data.nominal_per_class": (1, None),
-    "data.validation_fraction": (0, 0.9),
-    "data.padding": (0, None),
-    "data.brightness": (0, 1),
-    "scenario.base_classes": (0, None),
-    "scenario.steps": (1, None),
-    "memory.per_class": (0, None),
-    "memory.budget": (0, None),
-    "model.width": (0, None),
-    "model.conv_chunks": (0, None),
-    "model.proxies": (1, None),
-    "optim.epochs": (1, None),
-    "optim.batch_size": (1, None),
-    "optim.learning_rate": (0, None),
-    "optim.momentum": (0, 1),
-    "optim.weight_decay": (0, None),
-    "optim.decay": (0, 1),
-    "optim.clip": (0, None),
-    "finetune.epochs": (0, None),
-    "finetune.learning_rate": (0, None),
-    "optim.base_epochs": (0, None),
-    "optim.base_learning_rate": (0, None),
-    "meta.every": (1, None),
-    "meta.fraction": (0, 0.5),
-    "meta.batch_size": (1, None),
-    "meta.inner_learning_rate": (0, None),
-    "meta.learning_rate": (0, None),
-    "meta.minimum": (1e-12, None),
-    "meta.maximum": (1e-12, None),
-    "evaluation.batch_size": (1, None),
-    "checkpoint.minutes": (0, None),
-    "checkpoint.keep": (1, None),
-}
-# Priors that are not those of a balanced set's counts, on which fine-tuning runs.
-_OWN_COUNTS = ("weighted", "meta", "relaxed")
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
     """Returns a validated copy with everything derived filled in.
 
-    Runs after the command line's overrides. Derived: the name, the base step's
-    training lengths, the classification loss, whether there is fine-tuning.
+    Runs after the command line's overrides. Derived: the name, the classification
+    loss, which phases there are, the paper's epsilon, the method's options.
 
     Raises:
       UserError: a field is missing, unknown, of a wrong type or out of range.
@@ -97,30 +25,30 @@ def resolve(config: ConfigDict) -> ConfigDict:
     validate(config)
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        if config.optim.base_epochs == 0:
-            config.optim.base_epochs = config.optim.epochs
-            config.optim.base_milestones = config.optim.milestones
-        if config.optim.base_learning_rate == 0:
-            config.optim.base_learning_rate = config.optim.learning_rate
-        config.terms = terms.with_prior(
-            config.terms, config.prior, config.classification
-        )
-        when = config.finetune.when
-        if when == "never" or (when == "auto" and config.prior != "none"):
-            config.finetune.epochs = 0
+        prior, classification = config.prior, config.classification
+        names = terms.names_with_prior(config.terms, prior, classification)
+        config.terms = terms.with_prior(config.terms, prior, classification)
+        for phase in config.phase.values():
+            phase.terms = ConfigDict(
+                {names[name]: weight for name, weight in phase.terms.items()}
+            )
+            if not _exists(phase, prior):
+                phase.epochs = 0
+        config.options = options.filled_in(config)
+        priors.fill_in(config)
         if not config.name:
             config.name = _default_name(config)
     return config
 
 
 def _default_name(config: ConfigDict) -> str:
-    parts = [config.data.name, config.method, config.prior]
-    if config.prior == "weighted":
-        parts[-1] += f"{config.alpha:g}"
-    if config.prior == "relaxed":
-        unit = "pc" if config.epsilon_unit == "percent" else ""
-        parts[-1] += f"{config.epsilon:g}{unit}"
+    parts = [config.data.name, config.method, priors.label(config)]
     return "-".join([*parts, f"{config.scenario.steps}steps"])
+
+
+def _exists(phase: ConfigDict, prior: str) -> bool:
+    """Whether a phase has a place in the run at all."""
+    return phase.epochs > 0 and (prior == "none" or phase.when_prior == "any")
 
 
 def validate(config: ConfigDict) -> None:
@@ -129,19 +57,32 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    _check_fields(config.to_dict(), default_config().to_dict(), "")
+    values = config.to_dict()
+    _check_fields(values, _expected(values), "")
     terms.check(config.terms)
-    fields = flatten(config)
-    for name, allowed in CHOICES.items():
-        if fields[name] not in allowed:
-            raise field_error(name, fields[name], f"one of {', '.join(allowed)}")
-    for name, (low, high) in BOUNDS.items():
-        value = fields[name]
-        if low is not None and value < low:
-            raise field_error(name, value, f"at least {low}")
-        if high is not None and value > high:
-            raise field_error(name, value, f"at most {high}")
+    for name, value in flatten(config).items():
+        _check_value(name, value)
     _check_together(config)
+
+
+def _expected(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested defaults of all fields that should be there, of the phases given."""
+    expected = _nested({name: field.default for name, field in FIELDS.items()})
+    phase = _nested({name: field.default for name, field in PHASE.items()})
+    sections = values.get("phase")
+    names = sections if isinstance(sections, Mapping) else ()
+    return expected | {"phase": dict.fromkeys(names, phase)}
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in flat.items():
+        section, dot, rest = name.partition(".")
+        if dot:
+            found.setdefault(section, {})[rest] = value
+        else:
+            found[name] = value
+    return found
 
 
 def _check_fields(given: Mapping[str, Any], expected: Mapping, prefix: str) -> None:
@@ -152,61 +93,82 @@ def _check_fields(given: Mapping[str, Any], expected: Mapping, prefix: str) -> N
             names = ", ".join(sorted(expected))
             raise UserError(f"config.{prefix}{name} is unknown; known: {names}")
         want = expected[name]
-        if prefix + name == "terms":
-            continue
         if isinstance(want, dict) != isinstance(value, dict):
-            kind = "a section" if isinstance(want, dict) else type(want).__name__
-            raise field_error(prefix + name, value, kind)
-        if isinstance(want, dict):
-            _check_fields(value, want, f"{prefix}{name}.")
-        elif not terms.same_type(value, want):
             raise field_error(
-                prefix + name, value, f"a value of type {type(want).__name__}"
+                prefix + name,
+                value,
+                "a section" if isinstance(want, dict) else kind(want),
             )
-        elif not terms.finite(value):
+        if isinstance(want, dict):
+            if want or name == "phase":  # else its names are free
+                _check_fields(value, want, f"{prefix}{name}.")
+        elif not same_type(value, want):
+            raise field_error(prefix + name, value, f"a value of type {kind(want)}")
+        elif not finite(value):
             raise field_error(prefix + name, value, "finite numbers")
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Checks choices and bounds."""
+    field = find(name)
+    if field is None or isinstance(field.default, dict) or value is None:
+        return
+    if field.choices and value not in field.choices:
+        raise field_error(name, value, f"one of {', '.join(field.choices)}")
+    if field.least is not None and value < field.least:
+        raise field_error(name, value, f"at least {field.least}")
+    if field.most is not None and value > field.most:
+        raise field_error(name, value, f"at most {field.most}")
 
 
 def _check_together(config: ConfigDict) -> None:
     """Checks that involve several fields."""
-    data, meta, memory, optim = config.data, config.meta, config.memory, config.optim
+    data, meta = config.data, config.meta
     if len(data.mean) != len(data.std) or not all(s > 0 for s in data.std):
         raise field_error("data.std", data.std, f"{len(data.mean)} positive numbers")
     _check_streaming(data)
     if meta.minimum > meta.maximum:
         raise field_error("meta.minimum", meta.minimum, f"at most {meta.maximum}")
-    for name, milestones in (
-        ("optim.milestones", optim.milestones),
-        ("optim.base_milestones", optim.base_milestones),
-        ("finetune.milestones", config.finetune.milestones),
-    ):
-        if list(milestones) != sorted(milestones) or any(m <= 0 for m in milestones):
-            raise field_error(name, milestones, "epochs above 0 in ascending order")
-    if config.prior == "meta" and memory.kind == "none":
-        raise field_error("prior", "meta", "another prior where memory.kind is none")
+    _check_phases(config)
+    priors.check(config)
     used = terms.with_prior(config.terms, config.prior, config.classification)
-    if config.prior != "none" and config.classification == "separated_softmax_ce":
-        raise field_error("classification", config.classification, "auto with a prior")
-    if config.prior != "none" and "softmax_ce" not in used:
-        raise field_error("prior", config.prior, "none: no softmax_ce among the terms")
     for name in filter(terms.needs_similarities, used):
         if config.model.head == "linear":
             raise field_error(
                 "model.head", "linear", f"cosine or local_similarity for terms.{name}"
             )
-    if config.finetune.when == "always" and config.prior in _OWN_COUNTS:
-        raise field_error(
-            "finetune.when", "always", f"auto or never for prior={config.prior}"
-        )
     methods.check(config)
-    if config.prior == "relaxed" and config.epsilon == 0 and memory.kind != "none":
+    options.check(config)
+
+
+def _check_phases(config: ConfigDict) -> None:
+    """Checks the order of the phases and each of them."""
+    names, sections = config.phases, config.phase
+    if sorted(names) != sorted(sections):
+        allowed = f"each section of config.phase once: {', '.join(sorted(sections))}"
+        raise field_error("phases", names, allowed)
+    if not all(name.isidentifier() for name in names):
+        raise field_error("phases", names, "names of letters, digits and _")
+    base = [name for name in names if sections[name].steps == "base"]
+    if list(names[: len(base)]) != base:
+        raise field_error("phases", names, f"first those of the base step: {base}")
+    if not any(_exists(sections[name], config.prior) for name in base):
+        allowed = "a phase with steps=base and epochs of at least 1"
+        raise field_error("phases", names, allowed)
+    for name in names:
+        _check_phase(f"phase.{name}", sections[name], config.terms)
+
+
+def _check_phase(name: str, phase: ConfigDict, known: ConfigDict) -> None:
+    if phase.steps == "base" and phase.images != "training":
         raise field_error(
-            "epsilon", 0.0, "above 0: exemplars are labels of old classes"
+            f"{name}.images", phase.images, "training in a phase of the base step"
         )
-    if config.prior == "meta" and memory.kind == "growing" and memory.per_class < 2:
-        raise field_error(
-            "memory.per_class", memory.per_class, "at least 2 for prior=meta"
-        )
+    marks = phase.milestones
+    if list(marks) != sorted(marks) or any(mark <= 0 for mark in marks):
+        allowed = "epochs above 0 in ascending order"
+        raise field_error(f"{name}.milestones", marks, allowed)
+    terms.check_phase(f"{name}.terms", phase.terms, known)
 
 
 def _check_streaming(data: ConfigDict) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bsce_jax import losses
+from bsce_jax.config import options as settings
 from bsce_jax.errors import UserError, field_error
 
 # Named weights, as functions of the numbers of old and seen classes.
@@ -19,6 +20,9 @@ WEIGHTS = {
     "1-rho": lambda old, seen: 1.0 - old / seen,
     "sqrt(old/new)": lambda old, seen: math.sqrt(old / (seen - old)),  # LUCIR
     "sqrt(seen/new)": lambda old, seen: math.sqrt(seen / (seen - old)),  # PODNet
+    # SPB: 1 in the base step, where the terms that they balance have no old classes.
+    "new/old": lambda old, seen: (seen - old) / old if old else 1.0,
+    "old/new": lambda old, seen: old / (seen - old) if old else 1.0,
 }
 _NOT_OPTIONS = ("weight", "factor")
 # Options of the classification losses, which one keeps that takes another's place.
@@ -54,16 +58,16 @@ def weight(name: str, term: Mapping[str, Any], old: int, seen: int) -> float:
       UserError: `weight` is neither a number nor a name of WEIGHTS, or `factor` is
         not a number.
     """
-    return _factor(name, term) * _weight(name, term["weight"], old, seen)
+    given = _weight(f"terms.{name}.weight", term["weight"], old, seen)
+    return _factor(name, term) * given
 
 
-def _weight(name: str, given: str | float, old: int, seen: int) -> float:
+def _weight(field: str, given: str | float, old: int, seen: int) -> float:
     if isinstance(given, str) and given in WEIGHTS:
         return float(WEIGHTS[given](old, seen))
     number = _number(given)
     if not math.isfinite(number):
-        names = ", ".join(WEIGHTS)
-        raise field_error(f"terms.{name}.weight", given, f"a number or {names}")
+        raise field_error(field, given, f"a number or {', '.join(WEIGHTS)}")
     return number
 
 
@@ -83,26 +87,57 @@ def _number(given: Any) -> float:
         return math.nan
 
 
-def with_prior(terms: ConfigDict, prior: str, classification: str) -> ConfigDict:
-    """The terms of a run: what stands in the place of the classification loss.
+def names_with_prior(
+    terms: ConfigDict, prior: str, classification: str
+) -> dict[str, str]:
+    """The name of what stands in the place of each term of a run.
 
     "The classification loss (CE for LUCIR, NCA for PODNet) is replaced by
     BalancedS-CE" (Jodelet et al., on combining it with other methods): a term whose
-    module says CLASSIFICATION becomes softmax_ce, with the same weight, where there
-    is a prior, or the term that `classification` names. Loss rescaling stays.
+    module says CLASSIFICATION becomes softmax_ce where there is a prior, or the term
+    that `classification` names.
     """
     wanted = classification
     if wanted == "auto" and prior != "none":
         wanted = "softmax_ce"
+    return {
+        name: name
+        if wanted == "auto" or not getattr(module(name), "CLASSIFICATION", False)
+        else wanted
+        for name in terms
+    }
+
+
+def with_prior(terms: ConfigDict, prior: str, classification: str) -> ConfigDict:
+    """The terms of a run, see `names_with_prior`.
+
+    A term that takes another's place has the same weight; loss rescaling stays.
+    """
+    kept = (*_NOT_OPTIONS, *RESCALING)
     found = ConfigDict()
-    for name, term in terms.items():
-        classifies = getattr(module(name), "CLASSIFICATION", False)
-        if classifies and wanted not in ("auto", name):
-            kept = (*_NOT_OPTIONS, *RESCALING)
-            found[wanted] = {k: term[k] for k in kept if k in term}
-        else:
-            found[name] = term
+    for name, other in names_with_prior(terms, prior, classification).items():
+        term = terms[name]
+        if other != name:
+            term = {k: term[k] for k in kept if k in term}
+        found[other] = term
     return found
+
+
+def of_phase(config_terms: ConfigDict, phase_terms: Mapping[str, Any]) -> ConfigDict:
+    """The terms of a phase with their weights.
+
+    Args:
+      config_terms: of the run.
+      phase_terms: weights by name, see `fields.PHASE`; empty = all as they are.
+    """
+    if not phase_terms:
+        return config_terms
+    return ConfigDict(
+        {
+            name: {**config_terms[name].to_dict(), "weight": weight}
+            for name, weight in phase_terms.items()
+        }
+    )
 
 
 def check(terms: Any) -> None:
@@ -136,26 +171,24 @@ def _check_options(name: str, given: Mapping[str, Any]) -> None:
         if option not in known:
             names = ", ".join([*_NOT_OPTIONS, *known])
             raise UserError(f"config.terms.{name}.{option} is unknown; known: {names}")
-        want = known[option]
-        if not (same_type(value, want) and finite(value)):
-            kind = f"a finite value of type {type(want).__name__}"
-            raise field_error(f"terms.{name}.{option}", value, kind)
+        settings.check_value(f"terms.{name}.{option}", value, known[option])
 
 
-def same_type(value: Any, want: Any) -> bool:
-    """Whether a value may stand where `want` is the default."""
-    if isinstance(want, bool) or isinstance(value, bool):
-        return isinstance(want, bool) and isinstance(value, bool)
-    if isinstance(want, tuple):
-        return isinstance(value, tuple) and all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in value
-        )
-    if isinstance(want, float):
-        return isinstance(value, int | float)
-    return isinstance(value, type(want))
+def check_phase(field: str, given: Mapping[str, Any], terms: ConfigDict) -> None:
+    """Checks the terms of a phase.
 
+    Args:
+      field: their dotted name.
+      given: weights by name.
+      terms: of the run.
 
-def finite(value: Any) -> bool:
-    """Whether there is neither NaN nor an infinity in a value."""
-    values = value if isinstance(value, tuple) else (value,)
-    return all(math.isfinite(v) for v in values if isinstance(v, float))
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
+    for name, value in given.items():
+        if name not in terms:
+            names = ", ".join(terms)
+            raise UserError(
+                f"config.{field}.{name} is unknown; known, from config.terms: {names}"
+            )
+        _weight(f"{field}.{name}", value, old=1, seen=2)

@@ -6,7 +6,6 @@ import warnings
 
 import jax
 from etils import epath
-from jax._src import xla_bridge
 from ml_collections import ConfigDict
 
 logger = logging.getLogger("bsce_jax")
@@ -38,7 +37,7 @@ def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 def _add_xla_flags(workdir: epath.Path) -> None:
-    if xla_bridge.backends_are_initialized():
+    if _jax_has_started():
         raise RuntimeError("XLA's flags are set too late: it has read them already")
     flags = list(DETERMINISTIC_FLAGS)
     if "://" in str(workdir):
@@ -53,3 +52,17 @@ def _add_xla_flags(workdir: epath.Path) -> None:
         flags.append(f"--xla_gpu_per_fusion_autotune_cache_dir={folder}")
     known = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = " ".join([known, *flags]).strip()
+
+
+def _jax_has_started() -> bool:
+    """Whether JAX has made its devices, and read XLA's flags for that.
+
+    There is no public question for it, but one setting that is refused from then on.
+    """
+    known = jax.config.jax_num_cpu_devices  # type: ignore[attr-defined]
+    try:
+        jax.config.update("jax_num_cpu_devices", known + 1 if known > 0 else 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", known)
+    return False

@@ -1,25 +1,105 @@
 """Procedures: what a method does besides its loss terms, one file each.
 
-The network, losses and hyper-parameters of a method are in configs/methods/. A module
-here is found by its name, `config.method`, and may define
+The network, losses, phases and hyper-parameters of a method are in configs/methods/. A
+module here is found by its name, `config.method`; all that it may define is optional.
 
-* ``begin(head, features, first, rng) -> head``: the head's rows of the new classes,
-  before an incremental step is trained. `head` holds the head's parameters (float32,
-  class axis last), `features` one array [images, D] for each new class, of the
-  network as the step before left it, and `first` is the position of the first new
-  class. Where it is absent, new rows keep their initial values.
-* ``HEADS``: names of the heads that `begin` can work with.
+Compiled, pure, the only such hook:
+
+* ``forward(apply, network, batch, context, **options) -> (outputs, network)``: how a
+  batch becomes outputs, of the student, of the teacher and in evaluation. ``apply(
+  network, images, valid) -> (outputs, network)`` is one pass of the model. The outputs
+  are a dict: "logits" [B, C] are trained, "scores" [B, C] (where absent the logits)
+  predict; terms find there what they need. What the network that comes back has in
+  `batch_stats` and `extra` is kept in training. A phase uses the function that its
+  `forward` names; evaluation, features and predictions use ``forward`` itself.
+
+On the host, NumPy arrays in and out, once a step:
+
+* ``initial(num_classes, size, **options) -> Own``: what a method trains beside the
+  model and what it keeps, before the base step; `size` is that of the features.
+* ``begin(step) -> Network``: before an incremental step is trained; `step` has the
+  network as the step before left it.
+* ``exemplars(step, count) -> list``: the exemplars of each new class, `count` int
+  indices in order of choice, in the place of `config.memory.selection`.
+* ``finish(step) -> Network``: after the last phase of a step and the choice of its
+  exemplars.
+
+And constants:
+
+* ``OPTIONS``: its own settings, name -> default; they are `config.options`.
+* ``HEADS``: names of the heads it can work with.
+* ``NEEDS_MEMORY``: whether it is refused without exemplars.
+* ``PRIORS``: the priors that have a meaning with it.
 
 Methods do not import one another.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
+from numpy.typing import NDArray
 
+from bsce_jax.compute.state import Network
 from bsce_jax.errors import field_error
+
+FORWARD = "forward"
+
+Features = Callable[..., list[tuple[NDArray, NDArray]]]
+"""``(groups, view="plain")``: of each group of image indices those that could be
+read, int [n], and their features, float32 [n, D], in evaluation mode."""
+
+
+class Own(NamedTuple):
+    """What a method adds to a network: dicts of float32 parameters, and of arrays."""
+
+    params: dict[str, Any]
+    extra: dict[str, Any]
+
+
+class Step(NamedTuple):
+    """What a method sees of a step, on the host.
+
+    Attributes:
+      number: 0 is the base step.
+      num_old, num_seen: classes before the step, and with it.
+      network: NumPy arrays.
+      new: training images of each new class, int indices.
+      exemplars: of each class seen, int indices in order of choice; none of a class
+        whose exemplars are not chosen yet.
+      features: of groups of images, with this network; see steps.VIEWS.
+      options: `config.options`.
+      rng: for random choices; the same whenever the step is repeated.
+      mirrored: whether the training images are mirrored at random.
+    """
+
+    number: int
+    num_old: int
+    num_seen: int
+    network: Network
+    new: Sequence[NDArray]
+    exemplars: Sequence[NDArray]
+    features: Features
+    options: Mapping[str, Any]
+    rng: np.random.Generator
+    mirrored: bool
+
+    @property
+    def head(self) -> dict[str, NDArray]:
+        """Parameters of the head; the class axis is the last."""
+        return self.network.params["head"]
+
+    def with_head(self, head: Mapping[str, NDArray]) -> Network:
+        """The network with another head."""
+        return self.network.replace(params={**self.network.params, "head": head})
+
+    def new_features(self) -> list[NDArray]:
+        """Features of each new class, [images, D]."""
+        return [found for _, found in self.features(self.new)]
 
 
 def module(name: str) -> ModuleType:
@@ -34,13 +114,43 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def options(name: str) -> dict[str, Any]:
+    """The settings of a method and their defaults."""
+    return dict(getattr(module(name), "OPTIONS", {}))
+
+
+def initial(config: ConfigDict, num_classes: int, size: int) -> Own:
+    """What the method adds to a network with `size` features, before the base step."""
+    make = getattr(module(config.method), "initial", None)
+    return make(num_classes, size, **config.options) if make else Own({}, {})
+
+
 def check(config: ConfigDict) -> None:
-    """Checks that the method exists and can work with the head.
+    """Checks that the method exists and can work as it is configured.
 
     Raises:
       UserError: names the field, its value and what is allowed.
     """
-    heads = getattr(module(config.method), "HEADS", None)
+    method, name = module(config.method), config.method
+    heads = getattr(method, "HEADS", None)
     if heads is not None and config.model.head not in heads:
-        allowed = f"{' or '.join(heads)} for method={config.method}"
+        allowed = f"{' or '.join(heads)} for method={name}"
         raise field_error("model.head", config.model.head, allowed)
+    priors = getattr(method, "PRIORS", None)
+    if priors is not None and config.prior not in priors:
+        raise field_error(
+            "prior", config.prior, f"{' or '.join(priors)} for method={name}"
+        )
+    memory = config.memory
+    if getattr(method, "NEEDS_MEMORY", False):
+        if memory.kind == "none":
+            raise field_error(
+                "memory.kind", "none", f"growing or fixed for method={name}"
+            )
+        if memory.kind == "growing" and not memory.per_class:
+            raise field_error("memory.per_class", 0, f"at least 1 for method={name}")
+    for phase, section in config.phase.items():
+        given = section.forward
+        if given and not callable(getattr(method, given, None)):
+            allowed = f"'' or a function of the method {name}"
+            raise field_error(f"phase.{phase}.forward", given, allowed)

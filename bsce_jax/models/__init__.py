@@ -31,6 +31,7 @@ def create(
     stem: str = "7x7",
     head: str = "linear",
     proxies: int = 10,
+    auxiliary: int = 0,
     dtype: Any = jnp.float32,
     conv_chunks: int = 1,
 ) -> nn.Module:
@@ -47,8 +48,10 @@ def create(
       shortcut: "B", 1x1 convolutions where the shape changes, or "A", zero padding.
       final_relu: keep the last block's ReLU.
       stem: first convolution of resnet18 and resnet34: "7x7" or "3x3".
-      head: "linear", "cosine" (LUCIR's) or "local_similarity" (PODNet's).
+      head: "linear", "cosine" (LUCIR's), "local_similarity" (PODNet's) or
+        "perspectives" (SPB-M's four cosine heads).
       proxies: of a class, for the head "local_similarity".
+      auxiliary: outputs of an auxiliary branch (SPB-I's has four); 0 = none.
       dtype: compute type, a name or a type: "float32" or "bfloat16" (float64 where
         jax has it switched on). Parameters and statistics are at least float32.
       conv_chunks: 1, or more on one CPU device: `convolution.default_chunks`.
@@ -66,7 +69,7 @@ def create(
         options["width"] = width
     for field, value in options.items():
         _check_positive(field, value)
-    options |= {"head": head, "dtype": _dtype(dtype)}
+    options |= {"head": head, "dtype": _dtype(dtype), "auxiliary": auxiliary}
     if family == "podnet":
         return podnet.podnet(depth, num_classes, **options)
     options |= {"shortcut": shortcut, "relu": "all" if final_relu else "not_last"}

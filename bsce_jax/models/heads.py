@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from bsce_jax.errors import UserError
 from bsce_jax.norms import normalise
 
-NAMES = ("linear", "cosine", "local_similarity")
+NAMES = ("linear", "cosine", "local_similarity", "perspectives")
+PERSPECTIVES = 4
 
 Answer = tuple[jax.Array, dict[str, jax.Array]]
 
@@ -101,6 +102,35 @@ class LocalSimilarityHead(nn.Module):
         return scale * scores, {"similarities": scores, "scale": scale}
 
 
+class PerspectivesHead(nn.Module):
+    """Several cosine heads side by side (SPB-M, Wu et al. 2021).
+
+    Each has embeddings and a scale of its own, initialised as `CosineHead`'s.
+
+    Attributes:
+      num_classes: length of the class axis, classes not yet seen included.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, features: jax.Array) -> Answer:
+        """[batch, d] -> logits of the first head [batch, classes]; a dict.
+
+        The dict has "perspectives" [batch, PERSPECTIVES, classes], the logits of every
+        head, and of the first "similarities" [batch, classes] and "scale" [].
+        """
+        shape = features.shape[-1], PERSPECTIVES, self.num_classes
+        kernel = self.param("kernel", _uniform(features), shape)
+        scale = self.param(
+            "scale", nn.initializers.ones, (PERSPECTIVES,), features.dtype
+        )
+        cosines = jnp.tensordot(normalise(features, 1), normalise(kernel, 0), axes=1)
+        logits = scale[None, :, None] * cosines
+        first = {"similarities": cosines[:, 0], "scale": scale[0]}
+        return logits[:, 0], {"perspectives": logits} | first
+
+
 def create(name: str, num_classes: int, proxies: int = 10) -> nn.Module:
     """Builds a head by name.
 
@@ -118,6 +148,8 @@ def create(name: str, num_classes: int, proxies: int = 10) -> nn.Module:
         return CosineHead(num_classes, name="head")
     if name == "local_similarity":
         return LocalSimilarityHead(num_classes, proxies, name="head")
+    if name == "perspectives":
+        return PerspectivesHead(num_classes, name="head")
     raise UserError(f"head={name!r} is unknown; allowed: {', '.join(NAMES)}")
 
 

@@ -83,6 +83,8 @@ class ResNet(nn.Module):
       zero_init: see `BasicBlock`.
       head: name of the head, see `heads.create`.
       proxies: likewise.
+      auxiliary: outputs of an auxiliary branch, two more blocks and a cosine head on
+        the last map (SPB-I, Wu et al. 2021: its four rotations); 0 = none.
       dtype: compute type of the backbone; the head is at least float32.
       conv_chunks: see `convolution.convolve`.
     """
@@ -98,6 +100,7 @@ class ResNet(nn.Module):
     zero_init: bool = False
     head: str = "linear"
     proxies: int = 10
+    auxiliary: int = 0
     dtype: jnp.dtype = jnp.float32
     conv_chunks: int = 1
 
@@ -122,8 +125,8 @@ class ResNet(nn.Module):
         Returns:
           logits [batch, classes] float32 and a dict with "features" [batch, features]
           float32 (the head's input), "maps", the outputs of the stages, each
-          [batch, height', width', channels'] of the compute type, and what the head
-          adds.
+          [batch, height', width', channels'] of the compute type, what the head adds,
+          and "rotations" [batch, auxiliary], the logits of the auxiliary branch.
         """
         batch_norm: dict[str, Any] = {
             "train": train,
@@ -155,9 +158,27 @@ class ResNet(nn.Module):
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, **batch_norm)
             maps.append(x)
-        features = x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2))
+        features = self._pooled(x)
         logits, out = heads.create(self.head, self.num_classes, self.proxies)(features)
+        if self.auxiliary:
+            out["rotations"] = self._auxiliary(x, batch_norm)
         return logits, {"features": features, "maps": maps} | out
+
+    def _auxiliary(self, x: jax.Array, batch_norm: dict[str, Any]) -> jax.Array:
+        """Logits of the auxiliary branch, [batch, auxiliary], from the last map."""
+        for block in (1, 2):
+            x = BasicBlock(
+                x.shape[-1],
+                chunks=self.conv_chunks,
+                dtype=self.dtype,
+                name=f"auxiliary_block{block}",
+            )(x, **batch_norm)
+        branch = heads.CosineHead(self.auxiliary, name="auxiliary_head")
+        return branch(self._pooled(x))[0]
+
+    def _pooled(self, x: jax.Array) -> jax.Array:
+        """Mean over the positions of a map, at least float32: [batch, channels]."""
+        return x.astype(jnp.promote_types(self.dtype, jnp.float32)).mean((1, 2))
 
     def _ends_with_relu(self, stage: int, block: int) -> bool:
         last = stage == len(self.blocks) - 1 and block == self.blocks[-1] - 1

@@ -19,7 +19,7 @@ FULL = "full"  # the protocol whose numbers can be compared with the paper's
 _SCHEMA = 1
 
 
-class Run(NamedTuple):
+class CellRun(NamedTuple):
     """One run of a cell; `results` is None where there are none yet."""
 
     name: str
@@ -46,7 +46,7 @@ class Cell(NamedTuple):
     row: "Row"
     column: "Column"
     missing: str  # why there is no run; "" where there are runs
-    runs: tuple[Run, ...]
+    runs: tuple[CellRun, ...]
 
     @property
     def paper(self) -> float | None:
@@ -132,7 +132,7 @@ class Report(NamedTuple):
         return [cell for section in self.sections for cell in section.cells.values()]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[CellRun]:
         """Every run once, in order of appearance."""
         found = {run.workdir: run for cell in self.cells for run in cell.runs}
         return list(found.values())
@@ -195,7 +195,7 @@ def build(
     return Report(str(manifest.get("protocol", "reduced: not said")), sections)
 
 
-def value(run: Run, metric: str) -> float | None:
+def value(run: CellRun, metric: str) -> float | None:
     """One of `published.METRICS` of a run, None where it has none."""
     if run.results is None or not run.results["steps"]:
         return None
@@ -275,8 +275,8 @@ def _section(
     return Section(table, cells)
 
 
-def _run(entry: Mapping[str, Any], results: Mapping[str, Results]) -> Run:
-    return Run(
+def _run(entry: Mapping[str, Any], results: Mapping[str, Results]) -> CellRun:
+    return CellRun(
         name=str(entry.get("name", entry["workdir"])),
         seed=entry.get("seed", 0),
         workdir=entry["workdir"],

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bsce_jax.report.cells import Cell, Results, Run, Section, value
+from bsce_jax.report.cells import Cell, CellRun, Results, Section, value
 from bsce_jax.report.markup import Html, join, tag
 from bsce_jax.report.run_facts import (
     Environment,
@@ -11,6 +11,7 @@ from bsce_jax.report.run_facts import (
     Field,
     facts,
     fields,
+    learned,
     rate,
     short_commit,
     wall_time,
@@ -38,6 +39,7 @@ def details(
         _seeds(cell),
         tag("h4", "Command" if len(cell.runs) == 1 else "Commands"),
         *(_command(run) for run in cell.runs),
+        *_learned(cell),
         *_configuration(runs, defaults),
         close,
         id=identifier,
@@ -48,7 +50,7 @@ def details(
     )
 
 
-def section(runs: Sequence[Run]) -> Html:
+def section(runs: Sequence[CellRun]) -> Html:
     """Speed, time and origin of every run."""
     found = {run.workdir: facts(run.results) for run in runs if run.results is not None}
     environments = _environments(found)
@@ -81,7 +83,7 @@ def section(runs: Sequence[Run]) -> Html:
     )
 
 
-def state(run: Run) -> str:
+def state(run: CellRun) -> str:
     """Status of a run in a word."""
     if run.done and run.skipped:
         return f"done, {run.skipped} test images skipped"
@@ -109,7 +111,7 @@ def _environment_list(environments: Mapping[Environment, int]) -> Html:
 
 
 def _row(
-    run: Run, known: Facts | None, environments: Mapping[Environment, int]
+    run: CellRun, known: Facts | None, environments: Mapping[Environment, int]
 ) -> Html:
     cells = [tag("td", str(run.seed)), tag("td", state(run))]
     steps = 0 if run.results is None else len(run.results["steps"])
@@ -153,14 +155,24 @@ def _seeds(cell: Cell) -> Html:
     return tag("table", head, tag("tbody", *rows), class_="list")
 
 
-def _progress(run: Run) -> str:
+def _learned(cell: Cell) -> tuple[Html, ...]:
+    """What the method has learned beside the network, a line a run; or nothing."""
+    items = []
+    for run in cell.runs:
+        texts = [] if run.results is None else learned(run.results)
+        if texts:
+            items.append(tag("li", f"seed {run.seed}: {'; '.join(texts)}"))
+    return (tag("h4", "Learned"), tag("ul", *items)) if items else ()
+
+
+def _progress(run: CellRun) -> str:
     if run.results is None or run.done:
         return state(run)
     done = len(run.results["steps"])
     return f"{state(run)}, {done} step{'' if done == 1 else 's'} so far"
 
 
-def _command(run: Run) -> Html:
+def _command(run: CellRun) -> Html:
     label = f"Command of seed {run.seed}"
     # A line ends between arguments, not at the hyphens within.
     words = [tag("span", word) for word in run.command.split(" ")]

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bsce_jax.report.cells import NEAR, Cell, Report, Run, Section, value
+from bsce_jax.report.cells import NEAR, Cell, CellRun, Report, Section, value
 from bsce_jax.report.page_html import PAPER, difference, near, summary
 from bsce_jax.report.page_runs import state
-from bsce_jax.report.run_facts import facts, fields, rate, wall_time
+from bsce_jax.report.run_facts import facts, fields, learned, rate, wall_time
 
 if TYPE_CHECKING:
     from bsce_jax.report.pictures import Picture
@@ -51,6 +51,8 @@ def markdown(
         shown = pictures.get(section.table.key, ())
         parts += [f"{_escaped(p.caption)}: {_escaped(p.text)}" for p in shown]
     parts += ["## Runs", _runs(report.runs), "## Commands", _commands(report.runs)]
+    if own := _learned(report.runs):
+        parts += ["## Learned beside the network", own]
     parts += ["## Fields that differ from the default", _fields(report.runs, defaults)]
     return "\n\n".join(parts) + "\n"
 
@@ -143,7 +145,7 @@ def _cell(cell: Cell, notes: dict[str, str], reduced: bool) -> str:
     return f"{ours}<br>{lower}" if lower else ours
 
 
-def _runs(runs: Sequence[Run]) -> str:
+def _runs(runs: Sequence[CellRun]) -> str:
     rows = []
     for run in runs:
         line = [_escaped(run.name), str(run.seed), _escaped(state(run))]
@@ -166,13 +168,24 @@ def _runs(runs: Sequence[Run]) -> str:
     return _grid([name.replace("_", " ") for name in header], rows)
 
 
-def _commands(runs: Iterable[Run]) -> str:
+def _commands(runs: Iterable[CellRun]) -> str:
     # An indented block, which no content can end; a command is one line.
     lines = [f"    {' '.join(run.command.split())}" for run in runs if run.command]
     return "\n".join(lines) if lines else "None."
 
 
-def _fields(runs: Iterable[Run], defaults: Mapping[str, Any]) -> str:
+def _learned(runs: Iterable[CellRun]) -> str:
+    found = [
+        (run.name, learned(run.results)) for run in runs if run.results is not None
+    ]
+    return "\n".join(
+        f"* {_escaped(name)}: {_escaped('; '.join(texts))}"
+        for name, texts in found
+        if texts
+    )
+
+
+def _fields(runs: Iterable[CellRun], defaults: Mapping[str, Any]) -> str:
     lines = []
     for run in runs:
         if run.results is not None:

@@ -66,7 +66,7 @@ def pictures(section: Section, drawn: set[tuple[str, ...]]) -> list[Picture]:
 
 
 def _curves(runs: Sequence[Results], where: str) -> Picture:
-    # The tables are of the highest logit: no panel for the nearest mean of exemplars.
+    # The tables are of the highest score: no panel for the nearest mean of exemplars.
     runs = [{**run, "summary": {**run["summary"], _NEAREST: None}} for run in runs]
     lines = []
     for label, group in tables.groups(runs).items():

@@ -24,8 +24,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from bsce_jax.errors import UserError
-from bsce_jax.report import results as results_file
 from bsce_jax.report import tables
+from bsce_jax.report.results import replace
 
 Results = Mapping[str, Any]
 
@@ -72,7 +72,7 @@ def accuracy_curves(runs: Sequence[Results], path: epath.PathLike) -> None:
       UserError: no run has a finished step.
     """
     finished = _finished(runs)
-    panels = [("highest logit", "top1", "average_incremental_top1")]
+    panels = [("highest score", "top1", "average_incremental_top1")]
     nearest = "average_incremental_nearest_mean"
     if any(r["summary"][nearest] is not None for g in finished.values() for r in g):
         panels.append(("nearest mean of exemplars", "top1_nearest_mean", nearest))
@@ -209,7 +209,7 @@ def canvas(
         yield figure
         file = io.BytesIO()
         canvas.print_png(file, metadata={"Software": None})
-        results_file.replace(epath.Path(path), file.getvalue())
+        replace(epath.Path(path), file.getvalue())
 
 
 def _finished(runs: Sequence[Results]) -> dict[str, list[Results]]:

@@ -2,7 +2,7 @@
 
 The file is one JSON object:
 
-    schema        2
+    schema        3
     name          label of the run, equal for runs that differ only in the seed
     status        "running" or "done"
     config        the resolved configuration
@@ -10,6 +10,7 @@ The file is one JSON object:
     base_hash     hash of all that can change the base step
     class_names   [classes] names, in class order
     class_order   [classes] labels of the data set, in class order
+    image_shape   [3] height, width and channels of the images
     steps         one record a finished step: {"step", "result", "telemetry"}
     summary       see `summary`
 
@@ -26,31 +27,47 @@ the test images of the classes seen so far, classes are positions in the class o
     top1_new                  (null in the base step) and of this step
     top1_by_task              [step + 1] on the classes introduced in each step
     top1_nearest_mean         top-1 of the nearest mean of exemplars; null without a
-                              memory (all other accuracies are of the highest logit)
-    loss, train_accuracy      [epochs] means over each epoch of the main training
-    finetune_loss             [epochs] of balanced fine-tuning; [] where there is none
+                              memory (all other accuracies are of the highest score)
+    phases                    {name: {"loss": [epochs], "accuracy": [epochs]}} of the
+                              phases in the order in which they ran, means over each
+                              epoch of training; {} where the step trains nothing
     alpha                     [[update, value], ...], update counted from the start of
-                              the step; [] where alpha is not learned
+                              the phase that learns it; [] where alpha is not learned
+    own                       {name: value} of the scalars that the method has learned
+                              beside the network; {} for most methods
     parameters_sha256         of the parameters after the step
     confusion                 [[true, predicted, images], ...] in the newest record
                               only, pairs that never occur left out
+
+`read` turns a file of schema 2 into schema 3, so that nothing else need know it: `loss`
+and `train_accuracy` become the phase "base" or "incremental", a `finetune_loss` that is
+not empty the phase "finetune" without accuracies, and `own` is {}.
 """
 
 import contextlib
 import json
-import math
 import os
-import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from bsce_jax import metrics
 from bsce_jax.errors import UserError
+from bsce_jax.report.schema import SCHEMA, SUMMARY, upgraded, validate
 
-SCHEMA = 2
+__all__ = [
+    "FILE_NAME",
+    "SCHEMA",
+    "deterministic",
+    "read",
+    "replace",
+    "summary",
+    "validate",
+    "write",
+]
+
 FILE_NAME = "results.json"
 
 
@@ -113,7 +130,7 @@ def _replace(target: epath.Path, temporary: epath.Path, data: bytes) -> None:
 
 
 def read(workdir: epath.PathLike) -> dict[str, Any]:
-    """Reads and validates WORKDIR/results.json.
+    """Reads, upgrades and validates WORKDIR/results.json.
 
     Raises:
       UserError: there is none, it is not JSON, or it breaks the schema.
@@ -128,6 +145,7 @@ def read(workdir: epath.PathLike) -> dict[str, Any]:
     except ValueError as error:  # neither UTF-8 nor JSON
         raise UserError(f"{path} is not JSON: {error}") from None
     try:
+        results = upgraded(results)
         validate(results)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -162,7 +180,7 @@ def summary(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """
     results = [record["result"] for record in steps]
     if not results:
-        return dict.fromkeys(_SUMMARY)
+        return dict.fromkeys(SUMMARY)
     top5 = [result["top5"] for result in results]
     nearest = [result["top1_nearest_mean"] for result in results]
     matrix = [
@@ -183,190 +201,3 @@ def summary(steps: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     return {
         name: None if value is None else float(value) for name, value in values.items()
     }
-
-
-def validate(results: Any) -> None:
-    """Checks every field but the contents of `config` and `telemetry`.
-
-    Raises:
-      UserError: names the field, its value and what is allowed.
-    """
-    _require(isinstance(results, Mapping), "the whole", results, "an object")
-    _require(
-        results.get("schema") == SCHEMA,
-        "schema",
-        results.get("schema"),
-        f"{SCHEMA}, the one this version reads",
-    )
-    _check_fields(results, _FIELDS, "")
-    order = results["class_order"]
-    _require(
-        len(order) == len(results["class_names"]),
-        "class_order",
-        order,
-        "as many entries as class_names",
-    )
-    _require(len(set(order)) == len(order), "class_order", order, "distinct classes")
-    seen = 0
-    for index, record in enumerate(results["steps"]):
-        name = f"steps[{index}]."
-        _check_fields(record, _RECORD, name)
-        _require(record["step"] == index, f"{name}step", record["step"], str(index))
-        last = index == len(results["steps"]) - 1
-        _check_result(record["result"], index, last, seen, len(order))
-        seen = record["result"]["num_seen"]
-    _check_fields(results["summary"], _SUMMARY, "summary.")
-
-
-def _check_result(
-    result: Mapping[str, Any], step: int, last: bool, old: int, classes: int
-) -> None:
-    name = f"steps[{step}].result."
-    fields = _RESULT | _CONFUSION if last else _RESULT
-    _check_fields(result, fields, name)
-    num_seen = result["num_seen"]
-    expected: dict[str, tuple[bool, str]] = {
-        "num_old": (result["num_old"] == old, f"{old}, num_seen of the step before"),
-        "num_seen": (old < num_seen <= classes, f"more than {old}, up to {classes}"),
-        "counts": (len(result["counts"]) == num_seen, f"{num_seen} entries"),
-        "top5": (
-            (result["top5"] is None) == (num_seen < 6),
-            "null below six classes and a percentage from there on",
-        ),
-        "top1_old": (
-            (result["top1_old"] is None) == (step == 0),
-            "null in the base step and a percentage after it",
-        ),
-        "top1_by_task": (
-            len(result["top1_by_task"]) == step + 1,
-            f"{step + 1} entries",
-        ),
-    }
-    if last:
-        inside = all(max(entry[:2]) < num_seen for entry in result["confusion"])
-        expected["confusion"] = (inside, f"classes below {num_seen}")
-    for field, (holds, allowed) in expected.items():
-        _require(holds, name + field, result[field], allowed)
-
-
-def _check_fields(value: Any, fields: Mapping[str, "_Kind"], prefix: str) -> None:
-    whole = prefix.rstrip(".") or "the whole"
-    _require(isinstance(value, Mapping), whole, value, "an object")
-    for field, (allowed, check) in fields.items():
-        if field not in value:
-            raise UserError(f"results: {prefix}{field} is missing, expected {allowed}")
-        _require(check(value[field]), prefix + field, value[field], allowed)
-    for field in value:
-        if field not in fields:
-            known = ", ".join(fields)
-            raise UserError(f"results: {prefix}{field} is unknown; known: {known}")
-
-
-def _require(holds: bool, field: str, value: Any, allowed: str) -> None:
-    if not holds:
-        text = repr(value)
-        shown = text if len(text) <= 60 else f"{text[:57]}..."
-        raise UserError(f"results: {field} is {shown}, expected {allowed}")
-
-
-_Kind = tuple[str, Callable[[Any], bool]]
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
-
-
-def _is_percentage(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 100
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, Mapping)
-
-
-def _list_of(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def is_list(value: Any) -> bool:
-        return isinstance(value, list | tuple) and all(map(check, value))
-
-    return is_list
-
-
-def _or_null(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
-
-
-def _is_alpha(value: Any) -> bool:
-    pair = isinstance(value, list | tuple) and len(value) == 2
-    return pair and _is_count(value[0]) and _is_number(value[1])
-
-
-def _is_triple(value: Any) -> bool:
-    return _list_of(_is_count)(value) and len(value) == 3 and value[2] > 0
-
-
-def _is_sha256(value: Any) -> bool:
-    return _is_text(value) and bool(re.fullmatch("[0-9a-f]{64}", value))
-
-
-_TEXT = ("text", _is_text)
-_OBJECT = ("an object", _is_object)
-_COUNT = ("a count, 0 or more", _is_count)
-_COUNTS = ("a list of counts, each 0 or more", _list_of(_is_count))
-_PERCENTAGE = ("a percentage, 0 to 100", _is_percentage)
-_PERCENTAGES = ("a list of percentages, 0 to 100", _list_of(_is_percentage))
-_PERCENTAGE_OR_NULL = ("a percentage, 0 to 100, or null", _or_null(_is_percentage))
-_NUMBER_OR_NULL = ("a number or null", _or_null(_is_number))
-
-_FIELDS: dict[str, _Kind] = {
-    "schema": _COUNT,
-    "name": _TEXT,
-    "status": ("running or done", lambda value: value in ("running", "done")),
-    "config": _OBJECT,
-    "config_hash": _TEXT,
-    "base_hash": _TEXT,
-    "class_names": ("a list of texts", _list_of(_is_text)),
-    "class_order": _COUNTS,
-    "image_shape": ("three counts", _list_of(_is_count)),
-    "steps": ("a list of records", _list_of(_is_object)),
-    "summary": _OBJECT,
-}
-_RECORD: dict[str, _Kind] = {"step": _COUNT, "result": _OBJECT, "telemetry": _OBJECT}
-_RESULT: dict[str, _Kind] = {
-    "num_old": _COUNT,
-    "num_seen": _COUNT,
-    "train_images": _COUNT,
-    "memory_images": _COUNT,
-    "counts": _COUNTS,
-    "top1": _PERCENTAGE,
-    "top5": _PERCENTAGE_OR_NULL,
-    "top1_base": _PERCENTAGE,
-    "top1_old": _PERCENTAGE_OR_NULL,
-    "top1_new": _PERCENTAGE,
-    "top1_by_task": _PERCENTAGES,
-    "top1_nearest_mean": _PERCENTAGE_OR_NULL,
-    "loss": ("a list of finite numbers", _list_of(_is_number)),
-    "train_accuracy": _PERCENTAGES,
-    "finetune_loss": ("a list of finite numbers", _list_of(_is_number)),
-    "alpha": ("a list of [update, value]", _list_of(_is_alpha)),
-    "parameters_sha256": ("64 hexadecimal digits", _is_sha256),
-}
-_CONFUSION: dict[str, _Kind] = {
-    "confusion": ("a list of [true, predicted, images > 0]", _list_of(_is_triple))
-}
-_SUMMARY: dict[str, _Kind] = {
-    "average_incremental_top1": _NUMBER_OR_NULL,
-    "average_incremental_top5": _NUMBER_OR_NULL,
-    "average_incremental_nearest_mean": _NUMBER_OR_NULL,
-    "final_top1": _NUMBER_OR_NULL,
-    "final_base_top1": _NUMBER_OR_NULL,
-    "forgetting": _NUMBER_OR_NULL,
-}

@@ -85,6 +85,19 @@ def fields(
     return changed, rest
 
 
+def learned(results: Results) -> list[str]:
+    """What a method has learned beside the network: a text a step that has some."""
+    texts = [
+        (record["step"], own_values(record["result"])) for record in results["steps"]
+    ]
+    return [f"step {step}: {text}" for step, text in texts if text]
+
+
+def own_values(result: Mapping[str, Any]) -> str:
+    """The `own` of a step's result, as "scale 0.9, shift -0.1"; "" where it is {}."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in result["own"].items())
+
+
 def duration(seconds: float) -> str:
     """45 s, 12 min, 3 h 05 min."""
     if seconds < 60:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bsce_jax.errors import UserError
+from bsce_jax.report.run_facts import own_values
 
 Results = Mapping[str, Any]
 
@@ -23,8 +24,9 @@ def step_table(results: Results, markdown: bool = False) -> str:
 
     Accuracies in percent over the test images of the classes seen so far, and over
     those of the base step's, all earlier steps' (old) and this step's classes (new);
-    of the highest logit, and under NME of the nearest mean of exemplars; memory in
-    images, seconds of wall clock.
+    of the highest score, and under NME of the nearest mean of exemplars; memory in
+    images, seconds of wall clock; what the method has learned beside the network,
+    where it has.
     """
     header = [
         "step",
@@ -59,6 +61,10 @@ def step_table(results: Results, markdown: bool = False) -> str:
                 _number(record["telemetry"].get("seconds"), digits=1),
             ]
         )
+    learned = [own_values(record["result"]) for record in results["steps"]]
+    if any(learned):
+        header.append("learned")
+        rows = [[*row, text or "-"] for row, text in zip(rows, learned, strict=True)]
     average = results["summary"]["average_incremental_top1"]
     top5 = results["summary"]["average_incremental_top5"]
     last = f"average incremental accuracy: top-1 {_number(average)}"

@@ -152,14 +152,14 @@ def reproduce(options: argparse.Namespace) -> int:
     chosen = choose(options)
     index, count = shard(options.shard)
     found = tables.expand(chosen)
-    runs = _distinct(run for cell in found for run in cell.runs)
-    mine = tables.share(runs, index, count)
+    jobs = _distinct(job for cell in found for job in cell.jobs)
+    mine = tables.share(jobs, index, count)
     for cell in found:
         if cell.missing:
             print(f"{cell.table} {cell.row} {cell.column}: {cell.missing}")
     if options.dry_run:
-        for run in mine:
-            print(f"{run.updates} updates: {tables.shown_command(run)}")
+        for job in mine:
+            print(f"{job.updates} updates: {tables.shown_command(job)}")
         return 0
     output = pathlib.Path(options.output).expanduser().resolve()
     try:
@@ -191,16 +191,16 @@ def reproduce(options: argparse.Namespace) -> int:
     return 1 if failed else 3 if left else 0
 
 
-def _distinct(runs: Iterable[tables.Run]) -> list[tables.Run]:
-    """Each run once.
+def _distinct(jobs: Iterable[tables.Job]) -> list[tables.Job]:
+    """Each job once.
 
     Raises:
       UserError: two configurations would share a folder.
     """
-    found: dict[str, tables.Run] = {}
-    for run in runs:
-        if found.setdefault(run.name, run).config_hash != run.config_hash:
-            raise UserError(f"two configurations are called {run.name}: see --file")
+    found: dict[str, tables.Job] = {}
+    for job in jobs:
+        if found.setdefault(job.name, job).config_hash != job.config_hash:
+            raise UserError(f"two configurations are called {job.name}: see --file")
     return list(found.values())
 
 

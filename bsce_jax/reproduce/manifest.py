@@ -9,11 +9,10 @@ from etils import epath
 
 from bsce_jax.errors import UserError
 from bsce_jax.hosts.workdir import in_use
-from bsce_jax.report import published
-from bsce_jax.report import results as results_file
+from bsce_jax.report import published, results
 from bsce_jax.reproduce import tables
 from bsce_jax.reproduce.process import workdir
-from bsce_jax.reproduce.tables import Cell
+from bsce_jax.reproduce.tables import TableCell
 
 NAME = "manifest.json"
 
@@ -21,7 +20,7 @@ NAME = "manifest.json"
 def write(
     output: pathlib.Path,
     protocol: str,
-    cells: Sequence[Cell],
+    cells: Sequence[TableCell],
     states: Mapping[str, str],
 ) -> None:
     """Writes OUTPUT/manifest.json; cells of earlier commands stay.
@@ -40,15 +39,22 @@ def write(
     for cell in cells:
         runs = [
             {
-                "name": run.name,
-                "seed": run.seed,
-                "workdir": workdir(run.name),
-                "command": tables.shown_command(run),
+                "name": job.name,
+                "seed": job.seed,
+                "workdir": workdir(job.name),
+                "command": tables.shown_command(job),
                 "status": "to do",
             }
-            for run in cell.runs
+            for job in cell.jobs
         ]
-        found[cell.table, cell.row, cell.column] = {**cell._asdict(), "runs": runs}
+        key = (cell.table, cell.row, cell.column)
+        found[key] = {
+            "table": cell.table,
+            "row": cell.row,
+            "column": cell.column,
+            "missing": cell.missing,
+            "runs": runs,
+        }
     known = {run["name"]: run["status"] for run in _runs(before.values())}
     everything = before | found
     for run in _runs(everything.values()):
@@ -62,7 +68,7 @@ def write(
         "cells": list(everything.values()),
     }
     text = json.dumps(manifest, indent=1) + "\n"
-    results_file.replace(epath.Path(output) / NAME, text, shared=True)
+    results.replace(epath.Path(output) / NAME, text, shared=True)
 
 
 def _cells_before(output: pathlib.Path, protocol: str) -> dict[tuple[str, ...], Any]:
@@ -96,7 +102,7 @@ def _status(output: pathlib.Path, name: str, before: str | None) -> str:
     if in_use(folder):
         return "running"
     try:
-        if results_file.read(folder)["status"] == "done":
+        if results.read(folder)["status"] == "done":
             return "done"
     except UserError:  # none yet, or broken
         pass

@@ -1,4 +1,4 @@
-"""A run in a process of its own: starting, watching and stopping it."""
+"""A job in a process of its own: starting, watching and stopping it."""
 
 import os
 import pathlib
@@ -8,27 +8,27 @@ import signal
 import subprocess
 
 from bsce_jax.reproduce import tables
-from bsce_jax.reproduce.tables import Run
+from bsce_jax.reproduce.tables import Job
 
 _UPDATES = re.compile(r"(\d+)/\d+ updates")
 
 
 class Process:
-    """A run that has been started, and its log.
+    """A job that has been started, and its log.
 
     Attributes:
-      run: what runs.
+      job: what runs.
       log: file that takes all it prints.
       first: the updates in the first line of this process that told them, 0 before.
       told: whether it has been asked to end.
     """
 
-    def __init__(self, run: Run, output: pathlib.Path, base: str):
-        """Starts it; `base` names a run whose base step it takes over, or is ""."""
-        self.run, self.first, self.told = run, 0, False
-        self.log = log_file(output, run.name)
+    def __init__(self, job: Job, output: pathlib.Path, base: str):
+        """Starts it; `base` names a job whose base step it takes over, or is ""."""
+        self.job, self.first, self.told = job, 0, False
+        self.log = log_file(output, job.name)
         self.log.parent.mkdir(exist_ok=True)
-        command = tables.command(run, workdir(run.name), base and workdir(base))
+        command = tables.command(job, workdir(job.name), base and workdir(base))
         # In the output folder, so that what a run writes names no other folder.
         paths = [str(tables.SOURCE), os.environ.get("PYTHONPATH", "")]
         environment = {

@@ -20,20 +20,20 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from bsce_jax import main
+from bsce_jax.config.flags import parse
 from bsce_jax.config.hashes import config_hash, digest, flatten
 from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
 from bsce_jax.report import published
-from bsce_jax.run import base_hash as base_hash_module
-from bsce_jax.run import loop, phases
-from bsce_jax.run.dataset import Dataset, check, load
+from bsce_jax.run import dataset, phases
+from bsce_jax.run.base_hash import base_hash
+from bsce_jax.run.loop import make_training
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2]  # what holds the package
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Job:
     """A run that some cells need.
 
     Attributes:
@@ -61,22 +61,22 @@ class Run:
     )
 
 
-class Cell(NamedTuple):
-    """A cell of a table: its runs, one a seed, or why there are none."""
+class TableCell(NamedTuple):
+    """A cell of a table: its jobs, one a seed, or why there are none."""
 
     table: str
     row: str
     column: str
     missing: str
-    runs: tuple[Run, ...]
+    jobs: tuple[Job, ...]
 
 
 @dataclasses.dataclass
 class _Known:
     """What earlier cells have in common with later ones, by hash."""
 
-    runs: dict[str, Run] = dataclasses.field(default_factory=dict)
-    datasets: dict[str, Dataset] = dataclasses.field(default_factory=dict)
+    jobs: dict[str, Job] = dataclasses.field(default_factory=dict)
+    datasets: dict[str, dataset.Dataset] = dataclasses.field(default_factory=dict)
 
 
 class Chosen(NamedTuple):
@@ -114,8 +114,8 @@ def configs_folder() -> pathlib.Path:
     raise UserError("no configs/tables: run in the folder of the source tree")
 
 
-def expand(chosen: Chosen) -> list[Cell]:
-    """The chosen cells with their runs, in the order of the tables.
+def expand(chosen: Chosen) -> list[TableCell]:
+    """The chosen cells with their jobs, in the order of the tables.
 
     Raises:
       UserError: an unknown table, row, column, data set or file, nothing chosen, or
@@ -134,21 +134,21 @@ def expand(chosen: Chosen) -> list[Cell]:
             if chosen.dataset not in ("", stem):
                 continue
             missing = _missing(chosen, stem, row, how.ROWS[row])
-            runs: tuple[Run, ...] = ()
+            jobs: tuple[Job, ...] = ()
             if not missing:
                 settings = {**arguments, **how.ROWS[row]}
                 try:
-                    runs = tuple(
-                        _run(chosen, stem, settings, seed, known)
+                    jobs = tuple(
+                        _job(chosen, stem, settings, seed, known)
                         for seed in range(chosen.seeds)
                     )
                 except UserError as error:  # such as Meta with a single exemplar
                     missing = str(error)
                     refused = refused or missing
-            cells.append(Cell(key, row, column, missing, runs))
+            cells.append(TableCell(key, row, column, missing, jobs))
     if not cells:
         raise UserError("no cell is chosen: see --table, --dataset, --rows, --columns")
-    if not known.runs:
+    if not known.jobs:
         raise UserError(f"nothing can be run: {refused or cells[0].missing}")
     return cells
 
@@ -209,14 +209,14 @@ def _file(chosen: Chosen, stem: str) -> pathlib.Path:
     return path.resolve() if path.suffix == ".py" else chosen.folder / f"{given}.py"
 
 
-def _run(
+def _job(
     chosen: Chosen,
     stem: str,
     settings: Mapping[str, Any],
     seed: int,
     known: _Known,
-) -> Run:
-    """The run of a cell and seed, which may be that of an earlier cell."""
+) -> Job:
+    """The job of a cell and seed, which may be that of an earlier cell."""
     arguments = {k: v for k, v in settings.items() if not k.startswith("config.")}
     text = ",".join(f"{k}={v}" for k, v in {**arguments, "seed": seed}.items())
     fields = {k: v for k, v in settings.items() if k.startswith("config.")}
@@ -227,26 +227,26 @@ def _run(
     )
     name = _name(_file(chosen, stem).stem, settings)
     flags = (*flags, f"--config.name={name}")
-    config = resolve(main.parse(["reproduce", *flags]).config)
+    config = resolve(parse(["reproduce", *flags]).config)
     key = config_hash(config)
-    if key not in known.runs:
-        dataset = _load(config, known)
+    if key not in known.jobs:
+        data = _load(config, known)
         updates = [
-            loop.make_plan(config, data).updates
-            for data in phases.planned_phases(config, dataset)
+            (planned.step, make_training(config, planned).updates)
+            for planned in phases.planned(config, data)
         ]
-        known.runs[key] = Run(
+        known.jobs[key] = Job(
             name=f"{name}-seed{seed}",
             seed=seed,
             flags=flags,
             config_hash=key,
-            base_hash=base_hash_module.base_hash(config, dataset),
-            updates=sum(updates),
-            base_updates=updates[0],
-            pixels=config.optim.batch_size * math.prod(dataset.image_shape[:2]),
+            base_hash=base_hash(config, data),
+            updates=sum(number for _, number in updates),
+            base_updates=sum(number for step, number in updates if step == 0),
+            pixels=config.optim.batch_size * math.prod(data.image_shape[:2]),
             config=flatten(config),
         )
-    return known.runs[key]
+    return known.jobs[key]
 
 
 def _name(stem: str, settings: Mapping[str, Any]) -> str:
@@ -261,7 +261,7 @@ def _name(stem: str, settings: Mapping[str, Any]) -> str:
     return "-".join(parts)
 
 
-def _load(config: ConfigDict, known: _Known) -> Dataset:
+def _load(config: ConfigDict, known: _Known) -> dataset.Dataset:
     """The data set of a configuration, read once for all that agree on it."""
     sections = ("data.", "scenario.")
     fields = {k: v for k, v in flatten(config).items() if k.startswith(sections)}
@@ -269,32 +269,32 @@ def _load(config: ConfigDict, known: _Known) -> Dataset:
         fields["seed"] = config.seed
     key = digest(fields)
     if key not in known.datasets:
-        known.datasets[key] = load(config)
+        known.datasets[key] = dataset.load(config)
     else:
-        check(config, known.datasets[key])
+        dataset.check(config, known.datasets[key])
     return known.datasets[key]
 
 
-def by_base_step(runs: Sequence[Run]) -> list[list[Run]]:
-    """Groups of runs that can share a base step."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        groups.setdefault(run.base_hash, []).append(run)
+def by_base_step(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Groups of jobs that can share a base step."""
+    groups: dict[str, list[Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.base_hash, []).append(job)
     return list(groups.values())
 
 
-def share(runs: Sequence[Run], index: int, count: int) -> list[Run]:
-    """The runs of one of `count` processes, numbered from 1.
+def share(jobs: Sequence[Job], index: int, count: int) -> list[Job]:
+    """The jobs of one of `count` processes, numbered from 1.
 
-    Runs that can share a base step stay together, but for a group that costs more than
+    Jobs that can share a base step stay together, but for a group that costs more than
     a process's part: it is cut, and each piece trains the base step. The groups are
     dealt out by their cost, largest first, each to the process with the least so far.
     """
-    groups = by_base_step(runs)
+    groups = by_base_step(jobs)
     most = sum(map(cost, groups)) / count
     pieces = [piece for group in groups for piece in _pieces(group, most)]
     loads = [0] * count
-    mine: list[Run] = []
+    mine: list[Job] = []
     for piece in sorted(pieces, key=lambda piece: -cost(piece)):
         process = loads.index(min(loads))
         loads[process] += cost(piece)
@@ -303,25 +303,25 @@ def share(runs: Sequence[Run], index: int, count: int) -> list[Run]:
     return mine
 
 
-def _pieces(group: Sequence[Run], most: float) -> list[Sequence[Run]]:
+def _pieces(group: Sequence[Job], most: float) -> list[Sequence[Job]]:
     number = min(len(group), math.ceil(cost(group) / most))
     return [group[first::number] for first in range(number)]
 
 
-def cost(group: Sequence[Run]) -> int:
-    """What runs that share a base step cost: updates times the pixels of each."""
-    updates = sum(run.updates - run.base_updates for run in group)
+def cost(group: Sequence[Job]) -> int:
+    """What jobs that share a base step cost: updates times the pixels of each."""
+    updates = sum(job.updates - job.base_updates for job in group)
     return (updates + group[0].base_updates) * group[0].pixels
 
 
-def command(run: Run, workdir: str, base: str = "") -> list[str]:
-    """The command of a run; `base` is a workdir whose base step it takes over."""
+def command(job: Job, workdir: str, base: str = "") -> list[str]:
+    """The command of a job; `base` is a workdir whose base step it takes over."""
     taken = [f"--config.init_from={base}"] if base else []
     program = [sys.executable, "-m", "bsce_jax.main"]
-    return [*program, *run.flags, f"--workdir={workdir}", *taken]
+    return [*program, *job.flags, f"--workdir={workdir}", *taken]
 
 
-def shown_command(run: Run) -> str:
-    """The command of a run for readers, from the folder of the source tree."""
-    flags = (flag.replace(f"--config={SOURCE}/", "--config=") for flag in run.flags)
+def shown_command(job: Job) -> str:
+    """The command of a job for readers, from the folder of the source tree."""
+    flags = (flag.replace(f"--config={SOURCE}/", "--config=") for flag in job.flags)
     return shlex.join(["python", "-m", "bsce_jax.main", *flags])

@@ -1,72 +1,98 @@
-"""The constants of an incremental step or of its fine-tuning, on the devices."""
+"""The constants of a phase of a step, and of an evaluation, on the devices."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from bsce_jax import log_prior
 from bsce_jax.compute import optim, parallel
-from bsce_jax.compute.state import PyTree, StepContext
-from bsce_jax.config import terms
-from bsce_jax.run import phases
-from bsce_jax.run.progress import Progress
-from bsce_jax.run.setup import Run
+from bsce_jax.compute.state import Network, StepContext
+from bsce_jax.config import priors, terms
+from bsce_jax.run.dataset import Dataset
+from bsce_jax.run.phases import StepData
 
 
-def make_context(run: Run, progress: Progress, data: phases.StepData) -> StepContext:
-    """The step's constants on the devices.
+def phase_context(
+    config: ConfigDict, dataset: Dataset, data: StepData, network: Network
+) -> StepContext:
+    """The constants of a phase of a step but for its teacher, NumPy arrays.
 
-    The log-prior is shifted to a maximum of 0, which changes no loss (Eq. 3 to 6
-    depend on ratios only), so that equal counts give the very same base step.
+    Args:
+      config: resolved configuration.
+      dataset: the whole data set.
+      data: of the phase.
+      network: any with the shapes of the one in training.
     """
-    config, dataset = run.config, run.dataset
-    positions = np.arange(dataset.num_classes)
-    old, seen = positions < data.num_old, positions < data.num_seen
+    phase = data.phase
+    old, seen, task_ids = _classes(dataset.num_classes, _seen(dataset, data.step))
     counts = data.counts.astype(np.float32)
-    if config.prior == "none":
-        prior = log_prior.uniform(seen)
-    elif config.prior == "relaxed":
-        prior = log_prior.relaxed(counts, old, epsilon_count(config))
-    else:
-        prior = log_prior.balanced(counts)
-    shifted = np.asarray(prior)
-    shifted = np.where(shifted > log_prior.EXCLUDED, shifted - shifted.max(), shifted)
-    task_ids = np.zeros(dataset.num_classes, np.int32)
-    for task, group in enumerate(dataset.groups):
-        task_ids[group.start : group.stop] = task
+    used = terms.of_phase(config.terms, config.phase[phase.name].terms)
     weights = {
         name: np.float32(terms.weight(name, term, data.num_old, data.num_seen))
-        for name, term in config.terms.items()
+        for name, term in used.items()
     }
-    context = StepContext(
-        log_prior=shifted.astype(np.float32),
+    rows = seen & ~old if phase.rows == "new" else seen
+    taught = {"before": old, "now": seen, "none": np.zeros_like(old)}[phase.teacher]
+    return StepContext(
+        log_prior=priors.log_prior(config, counts, old, seen),
         old=old,
         seen=seen,
+        taught=taught,
         counts=counts,
         task_ids=task_ids,
         weights=weights,
-        update_scale=_update_scale(config, progress.state.params, data, old, seen),
-        teachers=(progress.teacher,) if data.step else (),
+        update_scale=optim.update_scale(network.params, phase.rate, rows),
+        teacher=None,
     )
-    return parallel.replicate(run.programs.parallel, context)
 
 
-def _update_scale(
-    config: ConfigDict,
-    params: PyTree,
-    data: phases.StepData,
-    old: np.ndarray,
-    seen: np.ndarray,
-) -> PyTree:
-    """Main training may hold the old rows; fine-tuning moves all, or nothing else."""
-    if data.phase == "main":
-        held = old if config.optim.freeze_old_rows else np.zeros_like(old)
-        return optim.update_scale(params, seen & ~held)
-    rest = 1.0 if config.finetune.trainable == "all" else 0.0
-    return optim.update_scale(params, seen, rest=rest, scalars=rest)
+def has_teacher(data: StepData) -> bool:
+    """Whether there is a teacher in a phase of a step: in the base step none before."""
+    teacher = data.phase.teacher
+    return teacher == "now" or (teacher == "before" and data.step > 0)
 
 
-def epsilon_count(config: ConfigDict) -> float:
-    """Epsilon of Eq. 6 as a number of images (500 a class: 0.2 % is 1)."""
-    if config.epsilon_unit == "percent":
-        return config.epsilon / 100.0 * config.data.nominal_per_class
-    return config.epsilon
+def evaluation_context(
+    dataset: Dataset, devices: parallel.Parallel, step: int
+) -> StepContext:
+    """What a forward pass may ask after a step, outside of training; on the devices."""
+    context = test_context(dataset.num_classes, _seen(dataset, step))
+    return parallel.replicate(devices, context)
+
+
+def test_context(num_classes: int, seen: Sequence[int]) -> StepContext:
+    """The context of predictions: no teacher, no loss, the plain softmax.
+
+    Args:
+      num_classes: length of the class axis.
+      seen: number of classes seen after each step, up to the network's.
+    """
+    old, now, task_ids = _classes(num_classes, seen)
+    return StepContext(
+        log_prior=np.asarray(log_prior.uniform(now)),
+        old=old,
+        seen=now,
+        taught=np.zeros_like(old),
+        counts=np.zeros(num_classes, np.float32),
+        task_ids=task_ids,
+        weights={},
+        update_scale={},
+        teacher=None,
+    )
+
+
+def _seen(dataset: Dataset, step: int) -> list[int]:
+    """Number of classes seen after each step, up to `step`."""
+    return [group.stop for group in dataset.groups[: step + 1]]
+
+
+def _classes(
+    num_classes: int, seen: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Old and seen classes, bool [C], and the step of each, int32 [C], -1 if unseen."""
+    positions = np.arange(num_classes)
+    old = positions < (seen[-2] if len(seen) > 1 else 0)
+    now = positions < seen[-1]
+    steps = np.searchsorted(seen, positions, side="right")
+    return old, now, np.where(now, steps, -1).astype(np.int32)

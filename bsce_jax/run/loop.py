@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from bsce_jax.compute import optim, parallel
+from bsce_jax.compute import parallel
 from bsce_jax.compute.state import Rows, Schedule, StepContext, TrainState
-from bsce_jax.data import batches, sampling
+from bsce_jax.compute.updates import HELD_OUT, TRAIN
+from bsce_jax.data import batches
 from bsce_jax.errors import UserError
 from bsce_jax.run.feed import Feed
 from bsce_jax.run.phases import StepData
@@ -42,46 +43,35 @@ class History:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Every batch of a phase of a step's training, from a few numbers.
+class Training:
+    """Every batch of a phase of a step, from a few numbers.
 
     Attributes:
-      phase: "main" or "finetune".
-      seed, step: what the order of images and all randomness depend on.
-      train: int32, D_t; held_out: int32, B_t of Meta, else empty.
+      data: of the phase and step: its images, and the phase itself.
+      seed: what the order of images and all randomness depend on, with the step.
       batch_size: images of the global batch.
-      epochs: passes over D_t, or of the sampler's draws.
-      learning_rates: one an epoch.
-      first_epoch: epochs of the phases before, which random numbers go on from.
       alpha_every: updates from one update of alpha to the next; 0 = none.
       held_out_batch_size: images of a batch of B_t.
-      sampler: of `train`, where images are not drawn once an epoch each.
     """
 
-    phase: str
+    data: StepData
     seed: int
-    step: int
-    train: np.ndarray
-    held_out: np.ndarray
     batch_size: int
-    epochs: int
-    learning_rates: tuple[float, ...]
-    first_epoch: int = 0
     alpha_every: int = 0
     held_out_batch_size: int = 0
-    sampler: sampling.Sampler | None = None
 
     @property
     def training_batches(self) -> batches.Shuffled:
         """The training batches, one an update."""
+        data, phase = self.data, self.data.phase
         return batches.Shuffled(
-            self.train,
+            data.train,
             self.batch_size,
-            self.epochs,
+            phase.epochs,
             self.seed,
-            self.step,
-            self.first_epoch,
-            self.sampler,
+            data.step,
+            phase.first_epoch,
+            data.sampler,
         )
 
     @property
@@ -89,8 +79,17 @@ class Plan:
         """The batches of B_t, one an update of alpha."""
         draws = -(-self.updates // self.alpha_every)
         return batches.Cycled(
-            self.held_out, self.held_out_batch_size, draws, self.seed, self.step
+            self.data.held_out,
+            self.held_out_batch_size,
+            draws,
+            self.seed,
+            self.data.step,
         )
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """One an epoch."""
+        return self.data.phase.learning_rates(self.data.step)
 
     @property
     def updates_per_epoch(self) -> int:
@@ -99,99 +98,101 @@ class Plan:
 
     @property
     def updates(self) -> int:
-        """Updates of the whole step."""
+        """Updates of the whole phase."""
         return len(self.training_batches)
 
+    def __str__(self) -> str:
+        """What messages call it: step 2, phase incremental."""
+        return f"step {self.data.step}, phase {self.data.phase.name}"
 
-def make_plan(config: ConfigDict, data: StepData) -> Plan:
-    """The plan of a phase of a step: its main training or its fine-tuning."""
-    o = config.optim
-    first_epoch = 0
-    if data.phase == "finetune":
-        first_epoch, epochs = o.epochs, config.finetune.epochs
-        rate, milestones = config.finetune.learning_rate, config.finetune.milestones
-    elif data.step == 0:
-        epochs, rate = o.base_epochs, o.base_learning_rate
-        milestones = o.base_milestones
-    else:
-        epochs, rate, milestones = o.epochs, o.learning_rate, o.milestones
-    if o.schedule == "cosine" and data.phase == "main":
-        rates = [optim.lagged_cosine(rate, e, epochs) for e in range(epochs)]
-    else:
-        rates = [optim.step_decay(rate, e, milestones, o.decay) for e in range(epochs)]
-    return Plan(
-        phase=data.phase,
+
+def make_training(config: ConfigDict, data: StepData) -> Training:
+    """The training of a phase of a step."""
+    return Training(
+        data=data,
         seed=config.seed,
-        step=data.step,
-        train=data.train,
-        held_out=data.held_out,
-        batch_size=o.batch_size,
-        epochs=epochs,
-        learning_rates=tuple(rates),
-        first_epoch=first_epoch,
+        batch_size=config.optim.batch_size,
         alpha_every=config.meta.every if len(data.held_out) else 0,
         held_out_batch_size=config.meta.batch_size,
-        sampler=data.sampler,
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What runs a training: compiled programs and the training images."""
+
+    programs: Programs
+    feed: Feed
+    training: Training
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """What a training reports to, and asks.
+
+    Attributes:
+      after_call: called with the history and the images of a finished call.
+      due: whether it is time to save.
+      save: called with a state and the history that belongs to it.
+      stop: number of the signal that asks the run to end, or 0.
+    """
+
+    after_call: Callable[[History, int], None]
+    due: Callable[[], bool]
+    save: Callable[[TrainState, History], None]
+    stop: Callable[[], int]
+
+
 def fit(
-    programs: Programs,
+    loop: Loop,
     state: TrainState,
     context: StepContext,
-    feed: Feed,
-    plan: Plan,
     history: History,
-    *,
-    after_call: Callable[[History, int], None],
-    due: Callable[[], bool],
-    save: Callable[[TrainState, History], None],
-    stop: Callable[[], int],
+    watch: Watch,
 ) -> TrainState:
-    """Runs the plan's updates from `history.updates` to the end.
+    """Runs the updates of a training from `history.updates` to the end.
 
     Metrics are fetched one call late, so that the devices never wait for the host, and
     so is what the processes agree on: to save when one of them is due, and to stop at
     the same update when one of them was asked to.
 
     Args:
-      programs: compiled functions.
+      loop: what to run.
       state: training state on the devices; its buffers are reused.
-      context: the step's constants on the devices.
-      feed: of the training images.
-      plan: the batches.
+      context: the phase's constants on the devices.
       history: updated in place.
-      after_call: called with the history and the images of a finished call.
-      due: whether it is time to save.
-      save: called with a state and the history that belongs to it.
-      stop: number of the signal that asks the run to end, or 0.
+      watch: what is told and asked meanwhile.
 
     Raises:
       NotFiniteError: the loss or the network is not finite; names step and update.
-      StopRequested: `stop` was asked, after saving.
+      StopRequested: a stop was asked for, after saving.
     """
     pending: tuple[int, int, dict[str, Any]] | None = None
     asked: Any = (0, 0)
     done = history.updates
-    with contextlib.closing(calls(programs, feed, plan, done)) as planned:
+
+    def note() -> None:
+        nonlocal pending
+        if pending is not None:
+            watch.after_call(history, _record(loop.training, history, *pending))
+            pending = None
+
+    with contextlib.closing(calls(loop, done)) as planned:
         for count, arguments in planned:
-            program = _program(programs, plan, done)
-            state, metrics = program(state, context, feed.resident, *arguments)
-            if pending is not None:
-                after_call(history, _record(plan, history, *pending))
+            program = _program(loop, done)
+            state, metrics = program(state, context, loop.feed.resident, *arguments)
+            note()
             number, wanted = (int(value) for value in asked)
             pending = done, count, metrics
             done += count
             if wanted or number:
-                after_call(history, _record(plan, history, *pending))
-                pending = None
-                save(state, history)
+                note()
+                watch.save(state, history)
             if number:
-                raise StopRequested(plan.step, done, number)
+                raise StopRequested(loop.training.data.step, done, number)
             # After the save: what was due before it is due no more.
-            asked = parallel.largest(programs.parallel, (stop(), due()))
-    if pending is not None:
-        after_call(history, _record(plan, history, *pending))
+            asked = parallel.largest(loop.programs.devices, (watch.stop(), watch.due()))
+    note()
     return state
 
 
@@ -205,118 +206,112 @@ class StopRequested(Exception):  # noqa: N818
 
 
 def call(
-    programs: Programs,
-    state: TrainState,
-    context: StepContext,
-    feed: Feed,
-    plan: Plan,
-    first: int,
-    count: int,
+    loop: Loop, state: TrainState, context: StepContext, first: int, count: int
 ) -> tuple[TrainState, dict[str, Any]]:
     """Dispatches updates `first` to `first + count` as one compiled call."""
-    with contextlib.closing(calls(programs, feed, plan, first, count)) as planned:
+    with contextlib.closing(calls(loop, first, count)) as planned:
         _, arguments = next(planned)
-        program = _program(programs, plan, first)
-        return program(state, context, feed.resident, *arguments)
+        program = _program(loop, first)
+        return program(state, context, loop.feed.resident, *arguments)
 
 
-def _program(programs: Programs, plan: Plan, first: int) -> Callable:
+def _program(loop: Loop, first: int) -> Callable:
     """What runs the call that begins with update `first`."""
-    if plan.phase == "finetune":
-        assert programs.finetune_update is not None
-        return programs.finetune_update
-    if not plan.step:
-        return programs.base_update
-    if _updates_alpha(programs, plan, first):
-        assert programs.meta_update is not None
-        return programs.meta_update
-    return programs.incremental_update
+    programs, name = loop.programs, loop.training.data.phase.name
+    if _updates_alpha(loop, first):
+        return programs.meta_updates[name]
+    return programs.updates[name]
 
 
-def _updates_alpha(programs: Programs, plan: Plan, first: int) -> bool:
+def _updates_alpha(loop: Loop, first: int) -> bool:
     """Whether a call begins with an update of alpha: longer ones always do."""
-    if not plan.alpha_every:
-        return False
-    return programs.updates_per_call > 1 or first % plan.alpha_every == 0
+    every = loop.training.alpha_every
+    return every > 0 and (loop.programs.updates_per_call > 1 or first % every == 0)
 
 
-def calls(
-    programs: Programs, feed: Feed, plan: Plan, first: int, count: int = 0
-) -> Generator[tuple[int, list[Any]]]:
+def calls(loop: Loop, first: int, count: int = 0) -> Generator[tuple[int, list[Any]]]:
     """Yields the updates and the arguments of one call after another, from `first` on.
 
     The arguments are those after the images. `count` limits the first call.
     """
-    place, width = programs.parallel, programs.updates_per_call
+    training, every = loop.training, loop.training.alpha_every
+    place, width = loop.programs.devices, loop.programs.updates_per_call
     with contextlib.ExitStack() as stack:
 
         def open_groups(
             source: batches.Batches, start: int, size: int
         ) -> Generator[Rows]:
             return stack.enter_context(
-                contextlib.closing(feed.groups(source, start, size))
+                contextlib.closing(loop.feed.groups(source, start, size))
             )
 
-        rows = open_groups(plan.training_batches, first, width)
-        if plan.alpha_every:
-            start, size = (-(-n // plan.alpha_every) for n in (first, width))
-            held_out = open_groups(plan.held_out_batches, start, size)
-        while first < plan.updates:
-            count = min(count or width, plan.updates - first)
-            schedule = _schedule(plan, first, count, width)
-            arguments = [
-                parallel.replicate(place, np.int32(count)),
-                parallel.replicate(place, schedule),
-                next(rows),
-            ]
-            if _updates_alpha(programs, plan, first):
-                arguments.append(next(held_out))
-            yield count, arguments
+        rows = open_groups(training.training_batches, first, width)
+        if every:
+            start, size = (-(-n // every) for n in (first, width))
+            held_out = open_groups(training.held_out_batches, start, size)
+        while first < training.updates:
+            count = min(count or width, training.updates - first)
+            schedule = _schedule(training, first, count, width)
+            streams = {TRAIN: next(rows)}
+            if _updates_alpha(loop, first):
+                streams[HELD_OUT] = next(held_out)
+            yield (
+                count,
+                [
+                    parallel.replicate(place, np.int32(count)),
+                    parallel.replicate(place, schedule),
+                    streams,
+                ],
+            )
             first, count = first + count, 0
 
 
-def _schedule(plan: Plan, first: int, count: int, width: int) -> Schedule:
+def _schedule(training: Training, first: int, count: int, width: int) -> Schedule:
     """Of `count` updates, padded to `width`."""
     updates = first + np.minimum(np.arange(width), count - 1)
-    epochs, within = np.divmod(updates, plan.updates_per_epoch)
+    epochs, within = np.divmod(updates, training.updates_per_epoch)
     constant = np.ones(width, np.int32)
+    first_epoch = training.data.phase.first_epoch
     return Schedule(
-        seed=plan.seed * constant,
-        step=plan.step * constant,
-        epoch=(plan.first_epoch + epochs).astype(np.int32),
+        seed=training.seed * constant,
+        step=training.data.step * constant,
+        epoch=(first_epoch + epochs).astype(np.int32),
         update=within.astype(np.int32),
-        learning_rate=np.asarray(plan.learning_rates, np.float32)[epochs],
+        learning_rate=np.asarray(training.learning_rates, np.float32)[epochs],
     )
 
 
 def _record(
-    plan: Plan, history: History, first: int, count: int, metrics: dict[str, Any]
+    training: Training,
+    history: History,
+    first: int,
+    count: int,
+    metrics: dict[str, Any],
 ) -> int:
     """Adds a call's metrics to the history; returns its number of images."""
     fetched = {name: np.asarray(value)[:count] for name, value in metrics.items()}
-    phase = " of fine-tuning" if plan.phase == "finetune" else ""
     images = 0
     for i in range(count):
         loss, n = float(fetched["loss"][i]), float(fetched["images"][i])
         if not math.isfinite(loss):
             raise NotFiniteError(
-                f"the loss is {loss} in step {plan.step} at update {first + i}{phase}"
+                f"the loss is {loss} in {training} at update {first + i}"
             )
         images += int(n)
         values = (loss * n, float(fetched["correct"][i]), n)
         history.sums = [a + b for a, b in zip(history.sums, values, strict=True)]
         history.updates = first + i + 1
-        if history.updates % plan.updates_per_epoch == 0:
+        if history.updates % training.updates_per_epoch == 0:
             total = history.sums[2]
             history.loss.append(history.sums[0] / total)
             history.accuracy.append(100.0 * history.sums[1] / total)
             history.sums = [0.0, 0.0, 0.0]
-            if plan.alpha_every:
+            if training.alpha_every:
                 alpha = float(fetched["alpha"][i])
                 history.alpha.append([history.updates, alpha])
     if not fetched["finite"].all():
         last = first + count - 1
         raise NotFiniteError(
-            f"the network is not finite in step {plan.step} after update {last}{phase}"
+            f"the network is not finite in {training} after update {last}"
         )
     return images

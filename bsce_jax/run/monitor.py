@@ -6,8 +6,10 @@ from typing import Any
 
 from etils import epath
 
-from bsce_jax.run.loop import History, Plan
-from bsce_jax.telemetry import bar, compiles, environment, events
+from bsce_jax.run.loop import History, Training
+from bsce_jax.telemetry import compiles, environment
+from bsce_jax.telemetry.bar import Bar
+from bsce_jax.telemetry.events import Timeline
 
 
 class Monitor:
@@ -33,14 +35,14 @@ class Monitor:
         self._first_update: float | None = None
         self._images, self._training, self._done = 0, 0.0, 0
         self._last_call: float | None = None
-        self._progress: bar.Progress | None = None
-        self._timeline: events.Timeline | None = None
+        self._bar: Bar | None = None
+        self._timeline: Timeline | None = None
 
     def start(self, update: int) -> None:
         """Opens the display; this process begins at `update` of the run."""
         self._done = update
-        self._progress = bar.Progress(self._total, update, seconds=self._log_seconds)
-        self._timeline = events.Timeline(self._workdir / "tensorboard", update)
+        self._bar = Bar(self._total, update, seconds=self._log_seconds)
+        self._timeline = Timeline(self._workdir / "tensorboard", update)
 
     def begin_step(self, seconds: float = 0.0) -> None:
         """Starts the clocks of a step, on which `seconds` were spent before."""
@@ -51,16 +53,18 @@ class Monitor:
         """Wall clock of the step, of earlier processes up to their checkpoint too."""
         return self._earlier + time.time() - self._step_started
 
-    def trained(self, plan: Plan, history: History, before: int, images: int) -> None:
+    def trained(
+        self, training: Training, history: History, before: int, images: int
+    ) -> None:
         """Takes note of a finished call.
 
         Args:
-          plan: of the phase.
+          training: of the phase.
           history: of the phase, after the call.
           before: updates of earlier steps and phases.
           images: of the call.
         """
-        assert self._progress is not None and self._timeline is not None
+        assert self._bar is not None and self._timeline is not None
         now = time.time()
         if self._first_update is None:
             self._first_update = now
@@ -69,28 +73,29 @@ class Monitor:
             self._training += now - self._last_call
         self._last_call = now
         epochs = len(history.loss)
-        where = f"step {plan.step}/{self._steps - 1}"
-        where += ", fine-tuning" if plan.phase == "finetune" else ""
-        where += f", epoch {min(epochs + 1, plan.epochs)}/{plan.epochs}"
+        step, phase = training.data.step, training.data.phase
+        where = f"step {step}/{self._steps - 1}, "
+        where += f"{phase.name}, " if phase.first_epoch else ""
+        where += f"epoch {min(epochs + 1, phase.epochs)}/{phase.epochs}"
         loss = history.loss[-1] if epochs else None
-        first = (self._done - before) // plan.updates_per_epoch
+        first = (self._done - before) // training.updates_per_epoch
         done = before + history.updates
-        self._progress.advance(done - self._done, images, loss, where)
+        self._bar.advance(done - self._done, images, loss, where)
         self._done = done
         for epoch in range(first, epochs):  # finished in this call
             values = {
                 "train/loss": history.loss[epoch],
                 "train/accuracy": history.accuracy[epoch],
-                "train/learning_rate": plan.learning_rates[epoch],
+                "train/learning_rate": training.learning_rates[epoch],
             }
             if history.alpha:
                 values["train/alpha"] = history.alpha[epoch][1]
-            update = before + (epoch + 1) * plan.updates_per_epoch
+            update = before + (epoch + 1) * training.updates_per_epoch
             self._timeline.scalars(update, values)
 
     def evaluated(self, step: int, update: int, result: Mapping[str, Any]) -> None:
         """Shows a step's accuracies; `update` counts over the whole run."""
-        assert self._progress is not None and self._timeline is not None
+        assert self._bar is not None and self._timeline is not None
         names = (
             "top1",
             "top1_nearest_mean",
@@ -102,7 +107,7 @@ class Monitor:
         found = {name: result[name] for name in names if result[name] is not None}
         self._timeline.scalars(update, {f"test/{k}": v for k, v in found.items()})
         shown = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
-        self._progress.note(
+        self._bar.note(
             f"step {step}/{self._steps - 1}: {result['num_seen']} classes, {shown}"
         )
 
@@ -129,6 +134,6 @@ class Monitor:
 
     def close(self) -> None:
         """Ends the display and the event file."""
-        if self._progress is not None and self._timeline is not None:
-            self._progress.close()
+        if self._bar is not None and self._timeline is not None:
+            self._bar.close()
             self._timeline.close()

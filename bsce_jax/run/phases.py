@@ -1,13 +1,118 @@
-"""What a run will do, before it does it: data, classes of each step, exemplars."""
+"""The phases of a step: which run, on which images, and for how long.
+
+A phase is a section of the configuration, `config.phase.<name>`: a program and the
+steps in which it runs. What a phase trains on are indices into the training images.
+"""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from bsce_jax import memory
+from bsce_jax.compute import optim
+from bsce_jax.config import priors
 from bsce_jax.data import sampling
 from bsce_jax.run.dataset import Dataset, exemplars_per_class
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A phase as it is configured (see config/fields.py), the same in all its steps.
+
+    Attributes:
+      name: of its section.
+      steps: "base" or "later".
+      images: "training", "held_out" or "exemplars".
+      epochs: passes over its images, at least 1.
+      first_epoch: epochs of the phases before it, which random numbers go on from.
+      rates: the learning rate of each epoch, before `by_step`.
+      by_step: "constant" or "1/step".
+      sampling: "uniform", "memory" or "class".
+      teacher: "before", "now" or "none".
+      rows: "seen" or "new", rows of the head that move.
+      rate: factor of each group of parameters.
+      optimizer: "new" or "kept".
+    """
+
+    name: str
+    steps: str
+    images: str
+    epochs: int
+    first_epoch: int
+    rates: tuple[float, ...]
+    by_step: str
+    sampling: str
+    teacher: str
+    rows: str
+    rate: dict[str, float]
+    optimizer: str
+
+    def learning_rates(self, step: int) -> tuple[float, ...]:
+        """One an epoch, in step number `step` (0 = base step)."""
+        divisor = step + 1 if self.by_step == "1/step" else 1
+        return tuple(rate / divisor for rate in self.rates)
+
+
+def configured(config: ConfigDict) -> tuple[Phase, ...]:
+    """The phases of a resolved configuration that exist, in order."""
+    found: list[Phase] = []
+    for name in config.phases:
+        section = config.phase[name]
+        if not section.epochs:
+            continue
+        before = sum(p.epochs for p in found if p.steps == section.steps)
+        found.append(
+            Phase(
+                name=name,
+                first_epoch=before,
+                rates=_rates(section),
+                rate=section.rate.to_dict(),
+                **{
+                    field: section[field]
+                    for field in (
+                        "steps",
+                        "images",
+                        "epochs",
+                        "by_step",
+                        "sampling",
+                        "teacher",
+                        "rows",
+                        "optimizer",
+                    )
+                },
+            )
+        )
+    return tuple(found)
+
+
+def _rates(section: ConfigDict) -> tuple[float, ...]:
+    """The learning rate of each epoch of a phase."""
+    rate, epochs = section.learning_rate, section.epochs
+    if section.schedule == "cosine":
+        return tuple(optim.lagged_cosine(rate, e, epochs) for e in range(epochs))
+    return tuple(
+        optim.step_decay(rate, e, section.milestones, section.decay)
+        for e in range(epochs)
+    )
+
+
+def of_step(phases: Sequence[Phase], step: int, exemplars: int) -> tuple[Phase, ...]:
+    """The phases that run in a step.
+
+    Args:
+      phases: of the run.
+      step: 0 is the base step.
+      exemplars: of each class after the step; without any, phases that learn from
+        exemplars or from held-out images do not run.
+    """
+    kind = "later" if step else "base"
+    return tuple(
+        phase
+        for phase in phases
+        if phase.steps == kind and (exemplars or phase.images == "training")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,18 +120,19 @@ class StepData:
     """The images of one phase of a step, as indices into the training images.
 
     Attributes:
-      phase: "main", or "finetune" on the exemplars of all classes.
+      phase: that learns from them.
       step: 0 is the base step.
       num_old, num_seen: classes before the step, and with it.
-      train: int32, D_t: new images and exemplars, without the held-out ones.
-      held_out: int32, the balanced B_t of Meta; empty for every other prior.
+      train: int32, the images to learn from: of the whole training set D_t, new images
+        and exemplars without the held-out ones.
+      held_out: int32, the balanced B_t where alpha is learned on it; else empty.
       counts: int [C], images of each class in `train`.
       exemplars: how many of the old classes' images there are in `train` and
         `held_out` together.
       sampler: of `train`, where images are not drawn once an epoch each.
     """
 
-    phase: str
+    phase: Phase
     step: int
     num_old: int
     num_seen: int
@@ -37,15 +143,24 @@ class StepData:
     sampler: sampling.Sampler | None = None
 
 
-def empty_ranking(config: ConfigDict, dataset: Dataset) -> np.ndarray:
-    """int32 [C, M] of -1: each class's exemplars in order of choice, none yet."""
-    longest = max(exemplars_per_class(config, g.stop) for g in dataset.groups)
-    return np.full((dataset.num_classes, longest), -1, np.int32)
+@dataclasses.dataclass(frozen=True)
+class TrainingSet:
+    """The images of an incremental step.
+
+    Attributes:
+      train: int32, D_t: new images and exemplars, without the held-out ones.
+      held_out: int32, balanced over all classes seen; empty where nothing needs it.
+      exemplars: how many of both are of old classes.
+    """
+
+    train: np.ndarray
+    held_out: np.ndarray
+    exemplars: int
 
 
-def step_data(
+def training_set(
     config: ConfigDict, dataset: Dataset, ranking: np.ndarray, step: int
-) -> StepData:
+) -> TrainingSet:
     """The training set of a step: its new classes' images and the exemplars.
 
     Args:
@@ -54,67 +169,92 @@ def step_data(
       ranking: int32 [C, M], the old classes' exemplars in order of choice.
       step: 0 is the base step.
     """
-    group = dataset.groups[step]
-    labels = dataset.train_labels
-    train = np.flatnonzero((labels >= group.start) & (labels < group.stop))
-    train = train.astype(np.int32)
-    num_old = group.start
-    size = exemplars_per_class(config, num_old) if num_old else 0
-    stored, _ = memory.exemplars(ranking, num_old, size)
-    train = np.concatenate([train, stored.astype(np.int32)])
+    group, labels = dataset.groups[step], dataset.train_labels
+    new = np.flatnonzero((labels >= group.start) & (labels < group.stop))
+    size = exemplars_per_class(config, group.start) if step else 0
+    stored, _ = memory.exemplars(ranking, group.start, size)
+    train = np.concatenate([new.astype(np.int32), stored.astype(np.int32)])
     held_out = np.zeros(0, np.int32)
-    if config.prior == "meta" and num_old:
-        held = memory.held_out_per_class(size, config.meta.fraction)
+    if step and size and _holds_out(config):
+        held = priors.held_out_per_class(config, size)
         rng = np.random.default_rng([config.seed, step, _HELD_OUT])
         train, held_out = memory.balanced_split(train, labels[train], held, rng)
+    return TrainingSet(train, held_out, len(stored))
+
+
+def _holds_out(config: ConfigDict) -> bool:
+    """Whether some of a step's images are kept for alpha, or for a phase."""
+    return priors.learns_alpha(config) or any(
+        phase.images == "held_out" for phase in configured(config)
+    )
+
+
+def step_data(
+    config: ConfigDict, dataset: Dataset, ranking: np.ndarray, step: int, phase: Phase
+) -> StepData:
+    """The images of a phase of a step; arguments as for `training_set`.
+
+    A phase on the exemplars needs those of the step's new classes in the ranking.
+    """
+    group, labels = dataset.groups[step], dataset.train_labels
+    held_out = np.zeros(0, np.int32)
+    if phase.images == "exemplars":
+        size = exemplars_per_class(config, group.stop)
+        train, _ = memory.exemplars(ranking, group.stop, size)
+        exemplars = group.start * size
+    else:
+        found = training_set(config, dataset, ranking, step)
+        train, exemplars = found.train, found.exemplars
+        if phase.images == "held_out":
+            train = found.held_out
+        elif priors.learns_alpha(config):
+            held_out = found.held_out
     counts = np.bincount(labels[train], minlength=dataset.num_classes)
-    kept = len(stored)
     sampler = None
-    if kept and config.sampling == "memory":
-        sampler = sampling.memory(labels[train], num_old)
-    elif kept and config.sampling == "class":
+    if exemplars and phase.sampling == "memory":
+        sampler = sampling.memory(labels[train], group.start)
+    elif exemplars and phase.sampling == "class":
         sampler = sampling.classes(labels[train])
     return StepData(
-        "main", step, num_old, group.stop, train, held_out, counts, kept, sampler
+        phase,
+        step,
+        group.start,
+        group.stop,
+        train,
+        held_out,
+        counts,
+        exemplars,
+        sampler,
     )
 
 
-def has_finetuning(config: ConfigDict, dataset: Dataset, step: int) -> bool:
-    """Whether an incremental step ends with fine-tuning on exemplars of all classes."""
+def phases_of(
+    config: ConfigDict, dataset: Dataset, phases: Sequence[Phase], step: int
+) -> tuple[Phase, ...]:
+    """The phases that run in a step of a run."""
     size = exemplars_per_class(config, dataset.groups[step].stop)
-    return step > 0 and config.finetune.epochs > 0 and size > 0
+    return of_step(phases, step, size)
 
 
-def finetune_data(
-    config: ConfigDict, dataset: Dataset, ranking: np.ndarray, step: int
-) -> StepData:
-    """The balanced training set of a step's fine-tuning: the exemplars it leaves.
-
-    Arguments as for `step_data`, with the new classes ranked too.
-    """
-    group = dataset.groups[step]
-    size = exemplars_per_class(config, group.stop)
-    train, labels = memory.exemplars(ranking, group.stop, size)
-    counts = np.bincount(labels, minlength=dataset.num_classes)
-    nothing = np.zeros(0, np.int32)
-    old = group.start
-    return StepData(
-        "finetune", step, old, group.stop, train, nothing, counts, old * size
-    )
+def empty_ranking(config: ConfigDict, dataset: Dataset) -> np.ndarray:
+    """int32 [C, M] of -1: each class's exemplars in order of choice, none yet."""
+    longest = max(exemplars_per_class(config, g.stop) for g in dataset.groups)
+    return np.full((dataset.num_classes, longest), -1, np.int32)
 
 
-def planned_phases(config: ConfigDict, dataset: Dataset) -> list[StepData]:
+def planned(config: ConfigDict, dataset: Dataset) -> list[StepData]:
     """Every phase's data, with stand-ins for exemplars that are not chosen yet."""
     ranking = empty_ranking(config, dataset)
     for position in range(dataset.num_classes):
         images = np.flatnonzero(dataset.train_labels == position)
-        ranking[position] = images[: ranking.shape[1]]
-    planned = []
-    for step in range(len(dataset.groups)):
-        planned.append(step_data(config, dataset, ranking, step))
-        if has_finetuning(config, dataset, step):
-            planned.append(finetune_data(config, dataset, ranking, step))
-    return planned
+        chosen = images[: ranking.shape[1]]
+        ranking[position, : len(chosen)] = chosen
+    phases = configured(config)
+    return [
+        step_data(config, dataset, ranking, step, phase)
+        for step in range(len(dataset.groups))
+        for phase in phases_of(config, dataset, phases, step)
+    ]
 
 
 _HELD_OUT = 1  # keeps this stream of random numbers apart from the epoch orders'

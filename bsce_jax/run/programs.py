@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bsce_jax import models
-from bsce_jax.compute import optim, steps, updates
-from bsce_jax.compute.parallel import Kind, Parallel, compile_step
-from bsce_jax.compute.state import PyTree
-from bsce_jax.config import terms
+from bsce_jax import methods, models
+from bsce_jax.compute import optim, parallel, steps, updates
+from bsce_jax.compute.state import OWN, Network
+from bsce_jax.config import priors, terms
 from bsce_jax.data import augment
 from bsce_jax.models import convolution
+from bsce_jax.run.phases import configured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +24,20 @@ class Programs:
     """Compiled functions; each compiles once, at its first call.
 
     Attributes:
-      parallel: the devices.
+      devices: where they run.
       model: the network.
-      base_update, incremental_update, meta_update: see updates.make_train_update and
-        make_meta_update; the base program has neither teacher nor old classes.
-      finetune_update: as incremental_update, for balanced fine-tuning.
+      updates: phase name -> see updates.make_train_update.
+      meta_updates: phase name -> see updates.make_meta_update, of those phases in
+        which alpha is learned.
       evaluate, features: see steps.make_evaluate and make_features.
       optimizer, alpha_optimizer: optax.
       updates_per_call: U of the plans that the updates take.
     """
 
-    parallel: Parallel
+    devices: parallel.Parallel
     model: nn.Module
-    base_update: Callable
-    incremental_update: Callable
-    meta_update: Callable | None
-    finetune_update: Callable | None
+    updates: Mapping[str, Callable]
+    meta_updates: Mapping[str, Callable]
     evaluate: Callable
     features: Callable
     optimizer: optax.GradientTransformation
@@ -47,61 +45,55 @@ class Programs:
     updates_per_call: int
 
 
-def build(config: ConfigDict, devices: Parallel, num_classes: int) -> Programs:
+def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> Programs:
     """Builds everything compiled.
 
     Raises:
       UserError: an unknown network or loss.
     """
     model = build_model(config, devices, num_classes)
-    main = main_program(config, model)
-    base = dataclasses.replace(main, terms=_terms(config, base=True), meta=None)
-    tuned = dataclasses.replace(
-        main,
-        meta=None,
-        trainable=("head",) if config.finetune.trainable == "head" else (),
-        batch_norm=config.finetune.batch_norm,
-    )
-    compiled = functools.partial(compile_step, devices)
-    whole: Kind = "replicated"
-    rows: Kind = "batch"
+    compiled = functools.partial(parallel.compile_step, devices)
+    whole: parallel.Kind = "replicated"
+    rows: parallel.Kind = "batch"
 
-    def update(function: Callable, name: str, more: tuple = ()) -> Callable:
+    def update(function: Callable, name: str) -> Callable:
         return compiled(
             function,
             name=name,
-            inputs=(whole,) * 5 + (rows, *more),
+            inputs=(whole,) * 5 + (rows,),
             outputs=(whole, whole),
             donate=(0,),
         )
 
-    meta_update = finetune_update = None
-    if main.meta is not None:
-        meta_update = update(updates.make_meta_update(main), "meta_update", (rows,))
-    if config.finetune.epochs:
-        finetune_update = update(updates.make_train_update(tuned), "finetune_update")
+    trained, meta_trained = {}, {}
+    for phase in configured(config):
+        program = phase_program(config, model, phase.name)
+        trained[phase.name] = update(
+            updates.make_train_update(program), f"{phase.name}_update"
+        )
+        if program.meta is not None:
+            meta_trained[phase.name] = update(
+                updates.make_meta_update(program), "meta_update"
+            )
+    tested = test_program(config, model)
     return Programs(
-        parallel=devices,
+        devices=devices,
         model=model,
-        base_update=update(updates.make_train_update(base), "base_update"),
-        incremental_update=update(
-            updates.make_train_update(main), "incremental_update"
-        ),
-        meta_update=meta_update,
-        finetune_update=finetune_update,
+        updates=trained,
+        meta_updates=meta_trained,
         evaluate=compiled(
-            steps.make_evaluate(main),
+            steps.make_evaluate(tested),
             name="evaluate",
-            inputs=(whole,) * 4 + (rows,),
+            inputs=(whole,) * 3 + (rows,),
             outputs=(rows,) * 4,
         ),
         features=compiled(
-            steps.make_features(main),
+            steps.make_features(tested),
             name="features",
             inputs=(whole,) * 4 + (rows,),
             outputs=(rows, rows),
         ),
-        optimizer=main.optimizer,
+        optimizer=tested.optimizer,
         alpha_optimizer=optim.alpha_optimizer(
             config.meta.optimizer, config.meta.learning_rate
         ),
@@ -109,21 +101,49 @@ def build(config: ConfigDict, devices: Parallel, num_classes: int) -> Programs:
     )
 
 
-def main_program(config: ConfigDict, model: nn.Module) -> steps.Program:
-    """The static part of the main training of an incremental step."""
-    o = config.optim
-    return steps.Program(
-        model=model,
-        terms=_terms(config, base=False),
-        optimizer=optim.sgd(o.momentum, o.weight_decay, o.clip),
-        train_images=train_transform(config),
-        test_images=test_transform(config),
-        meta=_meta(config) if config.prior == "meta" else None,
+def phase_program(config: ConfigDict, model: nn.Module, name: str) -> steps.Program:
+    """The static part of a phase's training.
+
+    Terms that need old classes are not part of a phase of the base step.
+    """
+    phase = config.phase[name]
+    base = phase.steps == "base"
+    learns_alpha = (
+        priors.learns_alpha(config) and not base and phase.images == "training"
+    )
+    program = test_program(config, model)
+    return dataclasses.replace(
+        program,
+        terms=_terms(terms.of_phase(config.terms, phase.terms), base),
+        train_images=train_transform(config, phase.augment),
+        forward=forward(config, phase.forward),
+        meta=_meta(config) if learns_alpha else None,
+        frozen=frozenset(group for group, rate in phase.rate.items() if not rate),
+        batch_norm=phase.batch_norm,
     )
 
 
-def train_transform(config: ConfigDict) -> Callable:
-    """(uint8 images, key, rows) -> augmented, normalised images."""
+def test_program(config: ConfigDict, model: nn.Module) -> steps.Program:
+    """The static part of evaluation, features and predictions.
+
+    A method with a `forward` has its own outputs there whatever its phases do.
+    """
+    o = config.optim
+    return steps.Program(
+        model=model,
+        terms=(),
+        optimizer=optim.sgd(o.momentum, o.weight_decay, o.clip),
+        train_images=train_transform(config, True),
+        test_images=test_transform(config),
+        forward=forward(config, methods.FORWARD),
+    )
+
+
+def train_transform(config: ConfigDict, augmented: bool) -> Callable:
+    """(uint8 images, key, rows) -> normalised images, augmented or as in the test."""
+    if not augmented:
+        plain = test_transform(config)
+        return lambda images, key, rows: plain(images)
     data = config.data
     return functools.partial(
         augment.train_images,
@@ -146,7 +166,9 @@ def test_transform(config: ConfigDict) -> Callable:
     )
 
 
-def build_model(config: ConfigDict, devices: Parallel, num_classes: int) -> nn.Module:
+def build_model(
+    config: ConfigDict, devices: parallel.Parallel, num_classes: int
+) -> nn.Module:
     """The configured network."""
     m = config.model
     chunks = m.conv_chunks or convolution.default_chunks(
@@ -161,20 +183,23 @@ def build_model(config: ConfigDict, devices: Parallel, num_classes: int) -> nn.M
         stem=m.stem,
         head=m.head,
         proxies=m.proxies,
+        auxiliary=m.auxiliary,
         dtype=m.dtype,
         conv_chunks=chunks,
     )
 
 
-def network_shapes(model: nn.Module, image_shape: tuple[int, ...]) -> PyTree:
-    """What `init_model` returns, as jax.ShapeDtypeStruct."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(functools.partial(model.init, train=False), key, images)
+def network_shapes(
+    config: ConfigDict, model: nn.Module, image_shape: tuple[int, ...]
+) -> Network:
+    """What `init_network` returns, as jax.ShapeDtypeStruct."""
+    return jax.eval_shape(lambda: init_network(config, model, image_shape))
 
 
-def init_model(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> PyTree:
-    """Fresh {"params", "batch_stats"}, the head's rows of all classes included."""
+def init_network(
+    config: ConfigDict, model: nn.Module, image_shape: tuple[int, ...]
+) -> Network:
+    """A fresh network, the head's rows of all classes and the method's own included."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
     # Dozens of random generators that run once: on CPU LLVM's optimiser would take
     # several times as long as everything else here.
@@ -183,10 +208,24 @@ def init_model(model: nn.Module, image_shape: tuple[int, ...], seed: int) -> PyT
         functools.partial(model.init, train=False),
         compiler_options=fast if jax.default_backend() == "cpu" else None,
     )
-    return initialize(jax.random.key(seed), images)
+    variables = initialize(jax.random.key(config.seed), images)
+    _, out = jax.eval_shape(
+        functools.partial(model.apply, train=False), variables, images
+    )
+    own = methods.initial(config, model.num_classes, out["features"].shape[-1])
+    params = variables["params"] | ({OWN: own.params} if own.params else {})
+    return Network(params, variables["batch_stats"], own.extra)
 
 
-def updates_per_call(config: ConfigDict, devices: Parallel) -> int:
+def forward(config: ConfigDict, name: str) -> steps.Forward:
+    """A function of the method's module with its options; the network alone for ""."""
+    function = getattr(methods.module(config.method), name, None) if name else None
+    if function is None:
+        return steps.plain
+    return functools.partial(function, **config.options)
+
+
+def updates_per_call(config: ConfigDict, devices: parallel.Parallel) -> int:
     """U: on CPU 1 (a loop around convolutions is slow there), else about 50.
 
     Streamed images come one batch a call: they are large, and so is an update. With
@@ -195,15 +234,15 @@ def updates_per_call(config: ConfigDict, devices: Parallel) -> int:
     """
     single = devices.platform == "cpu" or config.data.loading == "streaming"
     count = config.updates_per_call or (1 if single else 50)
-    if config.prior == "meta" and count > 1:
+    if priors.learns_alpha(config) and count > 1:
         count = -(-count // config.meta.every) * config.meta.every
     return count
 
 
-def _terms(config: ConfigDict, base: bool) -> tuple[steps.Term, ...]:
-    """The configured terms; without those that need old classes in the base step."""
+def _terms(used: ConfigDict, base: bool) -> tuple[steps.Term, ...]:
+    """Configured terms; without those that need old classes in the base step."""
     found = []
-    for name, term in sorted(config.terms.items()):
+    for name, term in sorted(used.items()):
         if source := terms.in_base_step(name) if base else name:
             function = terms.module(source).term
             found.append(steps.Term(name, function, terms.options(term)))

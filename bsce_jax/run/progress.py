@@ -1,4 +1,4 @@
-"""A run and where it stands: what a checkpoint holds, saving it and going on."""
+"""Where a run stands: what a checkpoint holds, saving it and going on."""
 
 import dataclasses
 import functools
@@ -12,12 +12,13 @@ from etils import epath
 
 from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel
-from bsce_jax.compute.state import PyTree, TrainState
-from bsce_jax.config.hashes import differences
+from bsce_jax.compute.state import OWN, Network, PyTree, TrainState
+from bsce_jax.config.hashes import base_fields, differences
 from bsce_jax.errors import UserError
-from bsce_jax.report import results as results_file
-from bsce_jax.run import base_hash, loop, phases
-from bsce_jax.run.programs import init_model
+from bsce_jax.report import results
+from bsce_jax.run.loop import History
+from bsce_jax.run.phases import empty_ranking
+from bsce_jax.run.programs import init_network
 from bsce_jax.run.setup import Run
 
 logger = logging.getLogger("bsce_jax")
@@ -27,15 +28,17 @@ logger = logging.getLogger("bsce_jax")
 class Progress:
     """What changes over the steps: exactly what a checkpoint holds.
 
+    Its place in the run is (step, phase, update): the phase is the last one in
+    `histories`, the update is counted there.
+
     Attributes:
       step: the current step.
       finished: whether the step is trained, evaluated and its exemplars chosen.
-      before: updates of all earlier steps and phases.
-      main: history of the step's main training once fine-tuning has begun, else None.
-      history: of the current phase of the step.
+      before: updates of all earlier steps.
+      histories: of the phases of the step that have begun, in order, by name.
       state: training state on the devices.
-      teacher: {"params", "batch_stats"} of the step before (of the initial network
-        in the base step, where nothing reads it).
+      teacher: the network of the step before (in the base step the initial one, where
+        nothing reads it), or what a phase has put in its place.
       ranking: int32 [C, M], exemplars of each class in order of choice.
       seconds: of wall clock that earlier processes spent on the step.
     """
@@ -43,45 +46,44 @@ class Progress:
     step: int
     finished: bool
     before: int
-    main: loop.History | None
-    history: loop.History
+    histories: dict[str, History]
     state: TrainState
-    teacher: PyTree
+    teacher: Network
     ranking: np.ndarray
     seconds: float = 0.0
+
+    @property
+    def updates(self) -> int:
+        """Updates of the step so far, all its phases together."""
+        return sum(history.updates for history in self.histories.values())
 
 
 def initial(run: Run) -> Progress:
     """Fresh parameters; the base step not begun."""
     config, programs = run.config, run.programs
-    variables = init_model(programs.model, run.dataset.image_shape, config.seed)
-    params, batch_stats = variables["params"], variables["batch_stats"]
+    network = init_network(config, programs.model, run.dataset.image_shape)
     state = TrainState(
-        params=params,
-        batch_stats=batch_stats,
-        opt_state=programs.optimizer.init(params),
+        network=network,
+        opt_state=programs.optimizer.init(network.params),
         alpha=np.float32(1.0),
         alpha_opt_state=programs.alpha_optimizer.init(np.float32(1.0)),
-        extra={},
     )
     return Progress(
         step=0,
         finished=False,
         before=0,
-        main=None,
-        history=loop.History(),
-        state=parallel.replicate(programs.parallel, jax.device_get(state)),
-        teacher=copy_network(run, state),
-        ranking=phases.empty_ranking(config, run.dataset),
+        histories={},
+        state=parallel.replicate(run.devices, jax.device_get(state)),
+        teacher=copy_network(run, network),
+        ranking=empty_ranking(config, run.dataset),
     )
 
 
-def copy_network(run: Run, state: TrainState) -> PyTree:
-    """A copy of the network, safe from the reuse of the state's buffers."""
-    network = {"params": state.params, "batch_stats": state.batch_stats}
+def copy_network(run: Run, network: Network) -> Network:
+    """A copy of a network, safe from the reuse of the training state's buffers."""
     # np.array copies: on CPU device_get and device_put may share the device's memory.
     copy = jax.tree.map(np.array, jax.device_get(network))
-    return parallel.replicate(run.programs.parallel, copy)
+    return parallel.replicate(run.devices, copy)
 
 
 def save(run: Run, progress: Progress, finished: bool) -> None:
@@ -91,7 +93,7 @@ def save(run: Run, progress: Progress, finished: bool) -> None:
     """
     progress.finished = finished
     run.monitor.flush()
-    number = progress.before + progress.history.updates + progress.step + finished
+    number = progress.before + progress.updates + progress.step + finished
     if number == run.saved:
         return
     meta = {
@@ -99,8 +101,10 @@ def save(run: Run, progress: Progress, finished: bool) -> None:
         "step": progress.step,
         "finished": finished,
         "before": progress.before,
-        "main": progress.main and dataclasses.asdict(progress.main),
-        "history": dataclasses.asdict(progress.history),
+        "histories": [
+            [name, dataclasses.asdict(history)]
+            for name, history in progress.histories.items()
+        ],
         "seconds": run.monitor.step_seconds(),
         "results": run.results,
     }
@@ -116,7 +120,11 @@ def save(run: Run, progress: Progress, finished: bool) -> None:
 
 
 def _write_results(workdir: epath.Path, meta: Mapping[str, Any]) -> None:
-    results_file.write(workdir, meta["results"])
+    results.write(workdir, meta["results"])
+
+
+def _histories(meta: Mapping[str, Any]) -> dict[str, History]:
+    return {name: History(**fields) for name, fields in meta["histories"]}
 
 
 def restore(run: Run) -> Progress:
@@ -126,47 +134,52 @@ def restore(run: Run) -> Progress:
       UserError: the workdir belongs to another configuration.
     """
     progress = initial(run)
-    for number in reversed(store.numbers(run.checkpoints)):
-        try:
-            theirs = store.read_meta(run.checkpoints, number)["results"]
-        except store.DamagedError:
-            continue  # reported below
-        if theirs["config_hash"] != run.results["config_hash"]:
-            changed = differences(theirs["config"], run.results["config"])
-            raise UserError(
-                f"workdir {run.workdir} belongs to another configuration ({changed}): "
-                "give another --workdir"
-            )
-        break
+    _refuse_another(run)
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _arrays(progress)
     )
     found = store.latest(run.checkpoints, target)
     if found is None:
         return take_over(run, progress) if run.config.init_from else progress
-    place = run.programs.parallel
     for name in ("status", "steps", "summary"):
         run.results[name] = found.meta["results"][name]
     progress = Progress(
         step=found.meta["step"],
         finished=found.meta["finished"],
         before=found.meta["before"],
-        main=found.meta["main"] and loop.History(**found.meta["main"]),
-        history=loop.History(**found.meta["history"]),
-        state=parallel.replicate(place, found.arrays["state"]),
-        teacher=parallel.replicate(place, found.arrays["teacher"]),
+        histories=_histories(found.meta),
+        state=parallel.replicate(run.devices, found.arrays["state"]),
+        teacher=parallel.replicate(run.devices, found.arrays["teacher"]),
         ranking=found.arrays["ranking"],
         seconds=found.meta["seconds"],
     )
     logger.info(
-        "continuing in step %d after its update %d",
-        progress.step,
-        progress.history.updates,
+        "continuing in step %d after its update %d", progress.step, progress.updates
     )
     run.saved = found.number
     if progress.finished and parallel.is_first():
-        results_file.write(run.workdir, run.results)
+        results.write(run.workdir, run.results)
     return progress
+
+
+def _refuse_another(run: Run) -> None:
+    """Compares the configuration with that of the newest readable checkpoint.
+
+    Raises:
+      UserError: it is another one.
+    """
+    for number in reversed(store.numbers(run.checkpoints)):
+        try:
+            theirs = store.read_meta(run.checkpoints, number)["results"]
+        except store.DamagedError:
+            continue  # reported when it is restored
+        if theirs["config_hash"] != run.results["config_hash"]:
+            changed = differences(theirs["config"], run.results["config"])
+            raise UserError(
+                f"workdir {run.workdir} belongs to another configuration ({changed}): "
+                "give another --workdir"
+            )
+        return
 
 
 def _arrays(progress: Progress) -> dict[str, Any]:
@@ -181,27 +194,21 @@ def _arrays(progress: Progress) -> dict[str, Any]:
 def take_over(run: Run, progress: Progress) -> Progress:
     """Starts from the trained network of config.init_from's base step.
 
-    Only the network and its history are taken: exemplars are chosen and the accuracy
-    is measured by this run, as after a base step of its own.
+    Only the model and its history are taken, and the optimiser's state where a later
+    phase goes on with it: what the method has of its own is this run's, exemplars are
+    chosen and the accuracy is measured by this run, as after a base step of its own.
 
     Raises:
       UserError: there is no finished base step, or it is not the same one.
     """
     where = f"config.init_from={run.config.init_from!r}"
     folder = epath.Path(run.config.init_from)
-    theirs = results_file.read(folder)
+    theirs = results.read(folder)
     if theirs["base_hash"] != run.results["base_hash"]:
-        theirs_of_base, ours_of_base = (
-            {k: v for k, v in config.items() if base_hash.reaches_base(k)}
-            for config in (theirs["config"], run.results["config"])
-        )
-        changed = differences(theirs_of_base, ours_of_base)
+        of_base = (base_fields(c["config"]) for c in (theirs, run.results))
+        changed = differences(*of_base)
         changed = changed or "classes, terms, or a prior that weighs unequal classes"
         raise UserError(f"{where}: its base step is another one ({changed})")
-    variables = {
-        "params": progress.state.params,
-        "batch_stats": progress.state.batch_stats,
-    }
     for number in store.numbers(folder / "checkpoints"):
         try:
             meta = store.read_meta(folder / "checkpoints", number)
@@ -209,12 +216,37 @@ def take_over(run: Run, progress: Progress) -> Progress:
             continue  # damaged, or just removed by that run, inside a later step
         if meta["step"] == 0 and meta["finished"]:
             found = store.restore(
-                folder / "checkpoints", number, {"state": variables}, partial=True
+                folder / "checkpoints",
+                number,
+                {"state": _shared(run, progress.state)},
+                partial=True,
             )
-            network = parallel.replicate(run.programs.parallel, found.arrays["state"])
+            state = _merged(progress.state, found.arrays["state"])
             return dataclasses.replace(
                 progress,
-                state=progress.state.replace(**network),
-                history=loop.History(**found.meta["history"]),
+                state=parallel.replicate(run.devices, state),
+                histories=_histories(found.meta),
             )
     raise UserError(f"{where}: its base step is not finished")
+
+
+def _shared(run: Run, state: TrainState) -> PyTree:
+    """The part of a state that base steps of one hash have in common."""
+    network = {
+        "params": {k: part for k, part in state.network.params.items() if k != OWN},
+        "batch_stats": state.network.batch_stats,
+    }
+    kept = any(phase.optimizer == "kept" for phase in run.phases)
+    return {"network": network} | ({"opt_state": state.opt_state} if kept else {})
+
+
+def _merged(state: TrainState, shared: PyTree) -> TrainState:
+    """The state with the part that `_shared` names from another one."""
+    network = shared["network"]
+    return state.replace(
+        network=state.network.replace(
+            params={**state.network.params, **network["params"]},
+            batch_stats=network["batch_stats"],
+        ),
+        opt_state=shared.get("opt_state", state.opt_state),
+    )

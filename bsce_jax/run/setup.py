@@ -1,6 +1,7 @@
-"""The fixed parts of a run."""
+"""The fixed parts of a run: data on the devices, programs, clocks, the writer."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -8,82 +9,115 @@ from ml_collections import ConfigDict
 
 from bsce_jax.checkpoints.writer import Writer
 from bsce_jax.compute import parallel
+from bsce_jax.compute.state import Network
 from bsce_jax.config.hashes import config_hash, flatten
-from bsce_jax.report import results as results_file
-from bsce_jax.run import base_hash, feed, loop, phases
-from bsce_jax.run.dataset import Dataset, Split, load
-from bsce_jax.run.feed import Feed
+from bsce_jax.report import results
+from bsce_jax.run import dataset
+from bsce_jax.run.base_hash import base_hash
+from bsce_jax.run.context import evaluation_context
+from bsce_jax.run.evaluate import Inference
+from bsce_jax.run.feed import Feed, create
+from bsce_jax.run.loop import make_training
 from bsce_jax.run.monitor import Monitor
+from bsce_jax.run.phases import Phase, configured, phases_of, planned
 from bsce_jax.run.programs import Programs, build
 from bsce_jax.telemetry import environment
 
 
 @dataclasses.dataclass
 class Run:
-    """A run's fixed parts and its progress so far."""
+    """A run's fixed parts and its results so far.
+
+    Attributes:
+      config: resolved.
+      workdir: folder of everything the run writes.
+      dataset: all images, in class order.
+      phases: that exist, in order.
+      programs: compiled functions.
+      train, test: feeds of the images of each split.
+      results: what results.json will say, see bsce_jax.report.results.
+      monitor: what is shown and measured.
+      writer: of checkpoints.
+      saved: number of the newest checkpoint that this process knows.
+    """
 
     config: ConfigDict
     workdir: epath.Path
-    dataset: Dataset
+    dataset: dataset.Dataset
+    phases: tuple[Phase, ...]
     programs: Programs
     train: Feed
     test: Feed
     results: dict[str, Any]
     monitor: Monitor
     writer: Writer = dataclasses.field(default_factory=Writer)
-    saved: int = -1  # number of the newest checkpoint that this process knows
+    saved: int = -1
 
     @property
     def checkpoints(self) -> epath.Path:
         """Folder of the numbered checkpoints."""
         return self.workdir / "checkpoints"
 
+    @property
+    def devices(self) -> parallel.Parallel:
+        """Where it runs."""
+        return self.programs.devices
+
+    def phases_of(self, step: int) -> tuple[Phase, ...]:
+        """The phases that run in a step."""
+        return phases_of(self.config, self.dataset, self.phases, step)
+
+    def inference(self, feed: Feed, network: Network, step: int) -> Inference:
+        """Shows images of a feed to the network of a step."""
+        context = evaluation_context(self.dataset, self.devices, step)
+        size = self.config.evaluation.batch_size
+        return Inference(self.programs, feed, size, network, context)
+
 
 def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
     """Reads the data, places it on the devices and builds the programs."""
     devices = parallel.create(config.parallel)
-    dataset = load(config)
-    results = {
-        "schema": results_file.SCHEMA,
-        "name": config.name,
-        "status": "running",
-        "config": flatten(config),
-        "config_hash": config_hash(config),
-        "base_hash": base_hash.base_hash(config, dataset),
-        "class_names": list(dataset.class_names),
-        "class_order": [int(i) for i in dataset.class_order],
-        "image_shape": list(dataset.image_shape),
-        "steps": [],
-        "summary": results_file.summary([]),
-    }
-
+    data = dataset.load(config)
+    found = _no_results(config, data)
     parallel.require_same(
         {
-            "configuration": results["config_hash"],
+            "configuration": found["config_hash"],
             "data set": (
-                results["class_order"],
-                results["class_names"],
-                dataset.train_labels.tobytes(),
-                dataset.test_labels.tobytes(),
+                found["class_order"],
+                found["class_names"],
+                data.train_labels.tobytes(),
+                data.test_labels.tobytes(),
             ),
             "version of a package": environment.versions(),
         }
     )
-
-    def create_feed(split: Split) -> feed.Feed:
-        return feed.create(config, devices, split, dataset.image_shape)
-
-    updates = [
-        loop.make_plan(config, data).updates
-        for data in phases.planned_phases(config, dataset)
-    ]
+    updates = [make_training(config, each).updates for each in planned(config, data)]
     return Run(
-        config,
-        workdir,
-        dataset,
-        build(config, devices, dataset.num_classes),
-        create_feed(dataset.train),
-        create_feed(dataset.test),
-        results,
-        Monitor(workdir, len(dataset.groups), sum(updates), config.log_seconds),
+        config=config,
+        workdir=workdir,
+        dataset=data,
+        phases=configured(config),
+        programs=build(config, devices, data.num_classes),
+        train=create(config, devices, data.train, data.image_shape),
+        test=create(config, devices, data.test, data.image_shape),
+        results=found,
+        monitor=Monitor(workdir, len(data.groups), sum(updates), config.log_seconds),
     )
+
+
+def _no_results(config: ConfigDict, data: dataset.Dataset) -> dict[str, Any]:
+    """The results of a run that has finished no step."""
+    none: Sequence[Any] = []
+    return {
+        "schema": results.SCHEMA,
+        "name": config.name,
+        "status": "running",
+        "config": flatten(config),
+        "config_hash": config_hash(config),
+        "base_hash": base_hash(config, data),
+        "class_names": list(data.class_names),
+        "class_order": [int(i) for i in data.class_order],
+        "image_shape": list(data.image_shape),
+        "steps": list(none),
+        "summary": results.summary(none),
+    }

@@ -19,12 +19,11 @@ T = TypeVar("T")
 _WINDOW_SECONDS = 60.0  # rates are means over this long
 
 
-class Progress:
+class Bar:
     """Progress of a whole run: a bar on a terminal, now and then a log line elsewhere.
 
     Shows updates done of all updates of all steps, images/s and the time left at the
-    pace of the last minute, and the newest loss that is ready: it never waits for a
-    device.
+    pace of the last minute, and the newest loss.
     """
 
     def __init__(
@@ -53,14 +52,13 @@ class Progress:
         self._enabled = first_process(enabled)
         self._where = ""
         self._loss: float | None = None
-        self._pending: deque[Any] = deque(maxlen=64)
         self._shown = clock()
         self._marks = deque([(self._shown, done, 0)])
-        self._bar: Any = None
+        self._tqdm: Any = None
         if self._enabled and stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(
+            self._tqdm = tqdm(
                 total=total,
                 initial=done,
                 file=stream,
@@ -69,53 +67,45 @@ class Progress:
             )
 
     def advance(
-        self, updates: int, images: int, loss: Any = None, where: str = ""
+        self, updates: int, images: int, loss: float | None = None, where: str = ""
     ) -> None:
-        """Counts finished (or dispatched) updates.
+        """Counts finished updates.
 
         Args:
           updates: since the last call.
           images: training images in them, of all hosts.
-          loss: a number or a scalar array, of any of them.
+          loss: the newest; None = as before.
           where: position in the run, "step 2/5, epoch 14/60"; "" = as before.
         """
         self._done += updates
         self._images += images
         self._where = where or self._where
+        self._loss = self._loss if loss is None else loss
         if not self._enabled:
             return
-        if loss is not None:
-            self._pending.append(loss)
         now = self._clock()
-        interval = 0.2 if self._bar is not None else self._seconds
+        interval = 0.2 if self._tqdm is not None else self._seconds
         if now - self._shown >= interval:
             self._show(now)
 
     def note(self, message: str) -> None:
         """Shows a line that stays: above the bar, or in the log."""
-        if self._bar is not None:
-            self._bar.write(message, file=self._bar.fp)
+        if self._tqdm is not None:
+            self._tqdm.write(message, file=self._tqdm.fp)
         elif self._enabled:
             logger.info("%s", message)
-
-    @property
-    def images_per_second(self) -> float:
-        """Pace of the last minute; 0 before the first update."""
-        return self._rates(self._clock())[1]
 
     def close(self) -> None:
         """Shows the last state and ends the bar."""
         if not self._enabled:
             return
         self._show(self._clock())
-        if self._bar is not None:
-            self._bar.close()
-        self._enabled, self._bar = False, None
+        if self._tqdm is not None:
+            self._tqdm.close()
+        self._enabled, self._tqdm = False, None
 
     def _show(self, now: float) -> None:
         self._shown = now
-        while self._pending and _is_ready(self._pending[0]):
-            self._loss = float(self._pending.popleft())
         updates_per_second, images_per_second = self._rates(now)
         self._marks.append((now, self._done, self._images))
         while now - self._marks[1][0] > _WINDOW_SECONDS:
@@ -129,15 +119,15 @@ class Progress:
         if updates_per_second:
             left = (self._total - self._done) / updates_per_second
             parts.append(f"{_duration(left)} left")
-        if self._bar is None:
+        if self._tqdm is None:
             logger.info(
                 "%s", ", ".join([self._where, *parts] if self._where else parts)
             )
             return
-        self._bar.n = self._done
-        self._bar.set_description_str(self._where and f"{self._where} ", refresh=False)
-        self._bar.set_postfix_str(", ".join(parts), refresh=False)
-        self._bar.refresh()
+        self._tqdm.n = self._done
+        self._tqdm.set_description_str(self._where and f"{self._where} ", refresh=False)
+        self._tqdm.set_postfix_str(", ".join(parts), refresh=False)
+        self._tqdm.refresh()
 
     def _rates(self, now: float) -> tuple[float, float]:
         """Updates and images a second since the oldest mark of the last minute."""
@@ -183,11 +173,6 @@ def passing(
             elif first and time.monotonic() - shown >= patience and done < total:
                 shown = time.monotonic()
                 logger.info("%s: %d/%d images", what, done, total)
-
-
-def _is_ready(value: Any) -> bool:
-    check = getattr(value, "is_ready", None)  # arrays have it, plain numbers do not
-    return check is None or check()
 
 
 def _duration(seconds: float) -> str:

@@ -7,6 +7,8 @@ classification loss alone.
 
 from ml_collections import ConfigDict
 
+from bsce_jax.config import only, phase
+
 
 def configure(config: ConfigDict, dataset: str) -> None:
     """Sets the network, losses and training of a data set.
@@ -25,24 +27,35 @@ def configure(config: ConfigDict, dataset: str) -> None:
             "margin_ranking": {"weight": 1.0, "k": 2, "margin": 0.5},
         }
     )
-    optim, finetune = config.optim, config.finetune
-    optim.freeze_old_rows = True
+    config.phases = ("base", "incremental", "finetune")
+    config.phase.finetune = finetune = phase(
+        images="exemplars",
+        when_prior="none",
+        learning_rate=0.01,
+        milestones=(10,),
+        rate=only(head=1.0),
+        batch_norm="eval",
+    )
+    base, later, optim = config.phase.base, config.phase.incremental, config.optim
+    later.rows = "new"
     optim.batch_size = 128
-    finetune.learning_rate, finetune.milestones = 0.01, (10,)
-    finetune.trainable, finetune.batch_norm = "head", "eval"
     if dataset == "cifar100":
         config.model.name = "resnet32"
-        optim.epochs, optim.milestones, optim.weight_decay = 160, (80, 120), 5e-4
+        base.epochs, base.milestones = 160, (80, 120)
+        later.epochs, later.milestones = 160, (80, 120)
+        optim.weight_decay = 5e-4
     elif dataset in ("imagenet_subset", "imagenet"):
         config.model.name = "resnet18"
         config.terms.less_forget.factor = 10.0
-        optim.epochs, optim.milestones, optim.weight_decay = 90, (30, 60), 1e-4
+        base.epochs, base.milestones = 90, (30, 60)
+        later.epochs, later.milestones = 90, (30, 60)
+        optim.weight_decay = 1e-4
         finetune.epochs = 20 if dataset == "imagenet" else 0
     elif dataset == "digits":
         # Ours: the paper has no such data set.
         config.model.name, config.model.width = "resnet8", 16
-        optim.base_epochs, optim.base_milestones = 20, (12, 17)
-        optim.epochs, optim.milestones = 40, (24, 34)
+        base.epochs, base.milestones = 20, (12, 17)
+        later.epochs, later.milestones = 40, (24, 34)
         optim.batch_size, optim.weight_decay = 32, 5e-4
     else:
         raise ValueError(f"lucir has no settings for {dataset!r}")

@@ -9,6 +9,8 @@ only (section 4.1), and so do the configurations here.
 
 from ml_collections import ConfigDict
 
+from bsce_jax.config import only, phase
+
 
 def configure(config: ConfigDict, dataset: str) -> None:
     """Sets the network, losses and training of a data set.
@@ -26,29 +28,36 @@ def configure(config: ConfigDict, dataset: str) -> None:
             "pod_flat": {"weight": "sqrt(seen/new)", "factor": 1.0},
         }
     )
-    optim, finetune = config.optim, config.finetune
-    optim.freeze_old_rows = True
-    optim.schedule, optim.milestones = "cosine", ()
+    config.phases = ("base", "incremental", "finetune")
+    config.phase.finetune = finetune = phase(
+        images="exemplars", when_prior="none", epochs=20, rate=only(head=1.0)
+    )
+    base, later, optim = config.phase.base, config.phase.incremental, config.optim
+    base.schedule = later.schedule = "cosine"
+    base.milestones = later.milestones = ()
+    later.rows = "new"
     optim.clip = 5.0
-    finetune.epochs = 20
-    finetune.trainable, finetune.batch_norm = "head", "train"
     if dataset == "cifar100":
         config.model.name = "podnet32"
-        optim.epochs, optim.batch_size = 160, 128
-        optim.learning_rate, optim.weight_decay = 0.1, 5e-4
+        base.epochs = later.epochs = 160
+        base.learning_rate = later.learning_rate = 0.1
+        optim.batch_size, optim.weight_decay = 128, 5e-4
         finetune.learning_rate = 0.05
     elif dataset in ("imagenet_subset", "imagenet"):
         config.model.name = "podnet18"
         config.terms.pod_spatial.factor = 8.0
         config.terms.pod_flat.factor = 10.0
-        optim.epochs, optim.batch_size, optim.learning_rate = 90, 64, 0.05
+        base.epochs = later.epochs = 90
+        base.learning_rate = later.learning_rate = 0.05
+        optim.batch_size = 64
         optim.weight_decay = 5e-4 if dataset == "imagenet_subset" else 1e-4
         finetune.learning_rate = 0.01
     elif dataset == "digits":
         # Ours: the paper has no such data set.
         config.model.name, config.model.width = "podnet14", 16
-        optim.base_epochs, optim.epochs, optim.batch_size = 20, 40, 32
-        optim.learning_rate, optim.weight_decay = 0.1, 5e-4
+        base.epochs, later.epochs = 20, 40
+        base.learning_rate = later.learning_rate = 0.1
+        optim.batch_size, optim.weight_decay = 32, 5e-4
         finetune.learning_rate = 0.05
     else:
         raise ValueError(f"podnet has no settings for {dataset!r}")

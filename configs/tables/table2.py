@@ -28,7 +28,7 @@ ROWS = {
     "lucir_without_finetuning": {
         "method": "lucir",
         "prior": "none",
-        "config.finetune.when": "never",
+        "config.phase.finetune.epochs": 0,
     },
     "lucir_balanced": {"method": "lucir", "prior": "balanced"},
     "podnet": {"method": "podnet", "prior": "none"},

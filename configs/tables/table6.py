@@ -9,20 +9,19 @@ COLUMNS = {"average": ("cifar100", {"steps": 5, "memory": 20})}
 _SOFTMAX = {"method": "il_baseline", "prior": "none"}
 ROWS = {
     "il_baseline": _SOFTMAX,
-    "memory_oversampling": {**_SOFTMAX, "config.sampling": "memory"},
-    "class_oversampling": {**_SOFTMAX, "config.sampling": "class"},
+    "memory_oversampling": {**_SOFTMAX, "config.phase.incremental.sampling": "memory"},
+    "class_oversampling": {**_SOFTMAX, "config.phase.incremental.sampling": "class"},
     "loss_rescaling": {**_SOFTMAX, "config.terms.softmax_ce.rescale": True},
     "balanced_finetuning": {
         **_SOFTMAX,
-        "config.finetune.epochs": 20,
-        "config.finetune.learning_rate": 0.01,
-        "config.finetune.milestones": (10,),
-        "config.finetune.trainable": "head",
+        "config.phase.finetune.epochs": 20,
+        "config.phase.finetune.learning_rate": 0.01,
+        "config.phase.finetune.milestones": (10,),
     },
     "separated_softmax": {
         **_SOFTMAX,
         "config.classification": "separated_softmax_ce",
-        "config.sampling": "memory",
+        "config.phase.incremental.sampling": "memory",
     },
     "balanced": {"method": "il_baseline", "prior": "balanced"},
     "meta": {"method": "il_baseline", "prior": "meta"},

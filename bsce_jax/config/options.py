@@ -1,0 +1,51 @@
+"""The settings of a method, `config.options`: OPTIONS of its module by default."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bsce_jax import methods
+from bsce_jax.config.declare import finite, kind, same_type
+from bsce_jax.errors import UserError, field_error
+
+
+def defaults(method: str) -> ConfigDict:
+    """All settings of a method at their defaults.
+
+    Raises:
+      UserError: there is no such method.
+    """
+    return ConfigDict(dict(getattr(methods.module(method), "OPTIONS", {})))
+
+
+def filled_in(config: ConfigDict) -> ConfigDict:
+    """All settings of the configured method: those given, else the defaults."""
+    found = defaults(config.method)
+    for name, value in config.options.items():
+        found[name] = value
+    return found
+
+
+def check(config: ConfigDict) -> None:
+    """Compares the settings given with those that the method has.
+
+    Raises:
+      UserError: an unknown name, or a value of a wrong type.
+    """
+    known = defaults(config.method)
+    for name, value in config.options.items():
+        if name not in known:
+            names = f"known to {config.method}: {', '.join(known) or 'none'}"
+            raise UserError(f"config.options.{name} is unknown; {names}")
+        check_value(f"options.{name}", value, known[name])
+
+
+def check_value(name: str, value: Any, want: Any) -> None:
+    """Checks a setting of a method or of a term against its default.
+
+    Raises:
+      UserError: it is of another type, or not finite.
+    """
+    if isinstance(value, Mapping) or not (same_type(value, want) and finite(value)):
+        raise field_error(name, value, f"a finite value of type {kind(want)}")

@@ -1,0 +1,78 @@
+"""Streaming LDA (Hayes and Kanan 2020): means and one covariance, updated by samples.
+
+The network is fixed after the base step. `bsce_jax.slda` has the mathematics; updates
+are exact as if the samples had come one at a time.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from bsce_jax import slda
+from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
+from bsce_jax.methods import Own, Step
+
+PRIORS = ("none",)
+OPTIONS = {"shrinkage": 1e-4}
+
+
+def initial(num_classes: int, size: int, shrinkage: float) -> Own:
+    """Means [C, D], counts [C], covariance [D, D] and its number of samples []; 0.
+
+    And what predicts, "weights" [D, C] and "biases" [C]. All float32.
+    """
+    shapes = {
+        "means": (num_classes, size),
+        "counts": (num_classes,),
+        "covariance": (size, size),
+        "samples": (),
+        "weights": (size, num_classes),
+        "biases": (num_classes,),
+    }
+    return Own({}, {name: np.zeros(s, np.float32) for name, s in shapes.items()})
+
+
+def finish(step: Step) -> Network:
+    """Takes in the new classes' features, in random order."""
+    found = step.new_features()
+    order = step.rng.permutation(sum(map(len, found)))
+    features = np.concatenate(found).astype(np.float64)[order]
+    sizes = [len(part) for part in found]
+    labels = np.repeat(np.arange(step.num_old, step.num_seen), sizes)[order]
+    kept = {k: np.array(v, np.float64) for k, v in step.network.extra.items()}
+    means, samples = kept["means"], int(kept["samples"])
+    covariance, counts = kept["covariance"], kept["counts"].astype(np.int64)
+    if step.number == 0:
+        for position, part in enumerate(found):
+            means[position], counts[position] = part.mean(axis=0), len(part)
+        covariance = slda.shrunk_covariance(features - means[labels])
+        samples = len(features)
+    else:
+        covariance, means, counts, samples = slda.stream(
+            covariance, means, counts, samples, features, labels
+        )
+    weights, biases = slda.classifier(covariance, means, step.options["shrinkage"])
+    now = {
+        "means": means,
+        "counts": counts,
+        "covariance": covariance,
+        "samples": samples,
+        "weights": weights,
+        "biases": biases,
+    }
+    extra = {name: np.asarray(v, np.float32) for name, v in now.items()}
+    return step.network.replace(extra=extra)
+
+
+def forward(
+    apply: Apply,
+    network: Network,
+    batch: Batch,
+    context: StepContext,
+    shrinkage: float,
+) -> tuple[Outputs, Network]:
+    """Scores are the discriminants of the classes."""
+    out, network = apply(network, batch.images, batch.valid)
+    features = out["features"].astype(jnp.float32)
+    scores = jnp.dot(features, network.extra["weights"])
+    scores += network.extra["biases"][None, :]
+    return out | {"scores": scores}, network

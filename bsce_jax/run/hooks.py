@@ -1,0 +1,120 @@
+"""What a method does on the host, once a step: it is shown the step, and changes it."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from bsce_jax import memory, methods
+from bsce_jax.compute.state import Network
+from bsce_jax.run import evaluate
+from bsce_jax.run.dataset import exemplars_per_class
+from bsce_jax.run.phases import training_set
+from bsce_jax.run.progress import Progress
+from bsce_jax.run.setup import Run
+
+# Keep these streams of random numbers apart from the others.
+_EXEMPLARS, _NEW_ROWS, _FINISH = 2, 3, 4
+
+
+def _hook(run: Run, name: str) -> Callable | None:
+    return getattr(methods.module(run.config.method), name, None)
+
+
+def _shown(
+    run: Run, progress: Progress, step: int, new: Sequence[np.ndarray], stream: int
+) -> methods.Step:
+    """A step as its method sees it, with the network that `progress` has."""
+    config, group = run.config, run.dataset.groups[step]
+    network = progress.state.network
+    inference = run.inference(run.train, network, progress.step)
+
+    def features(
+        groups: Sequence[np.ndarray], view: str = "plain"
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        return evaluate.features_by_group(inference, groups, view)
+
+    size = exemplars_per_class(config, run.dataset.groups[progress.step].stop)
+    stored = progress.ranking[: group.stop, :size]
+    return methods.Step(
+        number=step,
+        num_old=group.start,
+        num_seen=group.stop,
+        network=jax.device_get(network),
+        new=new,
+        exemplars=[row[row >= 0] for row in stored],
+        features=features,
+        options=config.options,
+        rng=np.random.default_rng([config.seed, step, stream]),
+        mirrored=config.data.flip,
+    )
+
+
+def begin(run: Run, progress: Progress, step: int) -> Network:
+    """The network with which a step begins, which the method may change.
+
+    `progress` is where the step before has ended.
+    """
+    hook = _hook(run, "begin")
+    if hook is None:
+        return progress.state.network
+    train = training_set(run.config, run.dataset, progress.ranking, step).train
+    labels = run.dataset.train_labels[train]
+    new = [train[labels == position] for position in run.dataset.groups[step]]
+    return hook(_shown(run, progress, step, new, _NEW_ROWS))
+
+
+def finish(run: Run, progress: Progress) -> Network:
+    """The network with which the current step ends, on the host or on the devices."""
+    hook = _hook(run, "finish")
+    if hook is None:
+        return progress.state.network
+    step = progress.step
+    return hook(_shown(run, progress, step, _all_new(run, step), _FINISH))
+
+
+def _all_new(run: Run, step: int) -> list[np.ndarray]:
+    """All training images of each new class of a step."""
+    labels = run.dataset.train_labels
+    return [np.flatnonzero(labels == position) for position in run.dataset.groups[step]]
+
+
+def select_exemplars(run: Run, progress: Progress) -> None:
+    """Ranks exemplars of the step's new classes; old rankings are never touched."""
+    group = run.dataset.groups[progress.step]
+    new = _all_new(run, progress.step)
+    count = exemplars_per_class(run.config, group.stop)
+    if count == 0:
+        chosen = [indices[:0] for indices in new]
+    elif hook := _hook(run, "exemplars"):
+        shown = _shown(run, progress, progress.step, new, _EXEMPLARS)
+        chosen = hook(shown, count)
+    else:
+        chosen = _choose(run, progress, new, count)
+    for position, indices in zip(group, chosen, strict=True):
+        progress.ranking = memory.store(progress.ranking, position, indices)
+
+
+def _choose(
+    run: Run, progress: Progress, new: Sequence[np.ndarray], count: int
+) -> list[np.ndarray]:
+    """`count` images of each new class by config.memory.selection, in order of choice.
+
+    Fewer where images are skipped and too few are left.
+    """
+    config, step = run.config, progress.step
+    if config.memory.selection == "random":
+        rng = np.random.default_rng([config.seed, step, _EXEMPLARS])
+        return [i[memory.random_ranking(len(i), count, rng)] for i in new]
+    # One compiled size: the largest class, and the most exemplars of the experiment.
+    longest = int(run.dataset.images_per_class.max())
+    most = progress.ranking.shape[1]
+    inference = run.inference(run.train, progress.state.network, step)
+    chosen = []
+    for indices, found in evaluate.features_by_group(inference, new):
+        padded = np.zeros((longest, found.shape[1]), np.float32)
+        padded[: len(found)] = found
+        order = memory.herd_padded(padded, np.arange(longest) < len(found), most)
+        ranked = np.asarray(order)[:count]
+        chosen.append(indices[ranked[ranked >= 0]])
+    return chosen
