@@ -46,31 +46,26 @@ def both_losses(
 
     student, teacher = (
         jax.tree.map(moved, jax.device_get(network))
-        for network in (
-            {
-                "params": p.progress.state.params,
-                "batch_stats": p.progress.state.batch_stats,
-            },
-            p.progress.teacher,
-        )
+        for network in (p.progress.state.network, p.progress.teacher)
     )
     size, pixels = config.optim.batch_size, p.run.dataset.train.images.shape[1]
     images = rng.normal(size=(size, pixels, pixels, 3)).astype("f")
     labels = rng.integers(0, p.data.num_seen, size).astype(np.int32)
-    program = programs.main_program(config, p.programs.model)
+    program = programs.phase_program(config, p.programs.model, p.data.phase.name)
     fast = {"xla_backend_optimization_level": 0}  # to compile: it runs twice
     step = jax.jit(
         functools.partial(steps.train_step, program),
         compiler_options=fast if jax.default_backend() == "cpu" else None,
     )
-    state, ours = p.progress.state.replace(**student), []
+    state, ours = p.progress.state.replace(network=student), []
     for _ in range(2):
         state, metrics = step(
             state,
-            p.context.replace(teachers=(teacher,)),
+            p.context.replace(teacher=teacher),
             Batch(images, labels, np.ones(size, "f")),
             np.float32(0.1),
         )
         ours.append(float(metrics["loss"]))
     spec = {**problem.rival_spec(p, 2), "rate": 0.1}
-    return ours, torch_rivals.losses(spec, student, teacher, images, labels, 2)
+    theirs = torch_rivals.losses(spec, vars(student), vars(teacher), images, labels, 2)
+    return ours, theirs

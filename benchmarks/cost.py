@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax._src.lib import _jax
+from jax.extend.core import jaxpr_as_fun
 
 SIZES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 _LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*)$")
 _SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
 
 
-def flops_and_bytes(lowered: Any, compiled: Any) -> tuple[float, float]:
+def flops_and_bytes(traced: Any, compiled: Any) -> tuple[float, float]:
     """Of one call of a program without loops, by XLA's count.
 
     XLA counts neither FLOPs nor bytes of calls of a library, which on GPUs all
@@ -22,23 +22,24 @@ def flops_and_bytes(lowered: Any, compiled: Any) -> tuple[float, float]:
     bytes.
 
     Args:
-      lowered: jax.stages.Lowered.
+      traced: jax.stages.Traced.
       compiled: jax.stages.Compiled, of the same.
     """
-    before, after = counted(lowered), compiled.cost_analysis() or {}
+    before, after = counted(traced), compiled.cost_analysis() or {}
     flops = max(before.get("flops", 0.0), after.get("flops", 0.0))
     moved = after.get("bytes accessed", 0.0) + library_bytes(compiled.as_text())
     return flops, moved
 
 
-def counted(lowered: Any) -> Mapping[str, float]:
-    """XLA's counts of a program that is not compiled.
+def counted(traced: Any) -> Mapping[str, float]:
+    """XLA's counts of a program that is not compiled, lowered for the CPU.
 
-    `Lowered.cost_analysis` has none where the device is a plugin's, such as CUDA's;
-    the CPU's client counts any program.
+    `Lowered.cost_analysis` has none where the device is a plugin's, such as CUDA's.
     """
-    module = lowered.compiler_ir("hlo").as_hlo_module()
-    return _jax.hlo_module_cost_analysis(jax.devices("cpu")[0].client, module)
+    function = jax.jit(jaxpr_as_fun(traced.jaxpr))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in traced.jaxpr.in_avals]
+    with jax.default_device(jax.devices("cpu")[0]):
+        return function.lower(*shapes).cost_analysis() or {}
 
 
 def library_bytes(text: str) -> float:

@@ -8,8 +8,12 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import COMMON_ARGUMENTS, apply_arguments, method_module
+from bsce_jax.config import (
+    COMMON_ARGUMENTS,
+    apply_arguments,
+    default_config,
+    method_module,
+)
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 
@@ -26,8 +30,6 @@ def get_config(argument: str | None = None) -> ConfigDict:
     config.memory.per_class = min(config.memory.per_class, 5)
     method_module(str(CONFIGS / "x.py"), config.method).configure(config, "digits")
     config.model.width, config.model.conv_chunks = 4, 1
-    optim = config.optim
-    optim.base_epochs = optim.epochs = 1
-    optim.base_milestones = optim.milestones = ()
-    config.finetune.epochs = min(config.finetune.epochs, 1)
+    for phase in config.phase.values():
+        phase.epochs, phase.milestones = min(phase.epochs, 1), ()
     return config

@@ -7,7 +7,6 @@ Stages, in this order (--stages names some of them, separated by commas):
     graphs   one method with more or less of an update in a CUDA graph (speed.py)
     speed    every method and prior against PyTorch, if installed (speed.py)
     meta     time and memory of the gradient of alpha (meta_gradient.py)
-    seeds    several seeds at once on one device (seeds_at_once.py)
     runs     the paper's CIFAR-100 cells with 5 steps, with memory (Table 1) and without
              (Table 3): python -m bsce_jax.reproduce, in the folder reproduce
 
@@ -38,9 +37,9 @@ from typing import Any, NamedTuple
 import speed_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STAGES = ("graphs", "speed", "meta", "seeds", "runs")
+STAGES = ("graphs", "speed", "meta", "runs")
 # Seconds that a task of a stage must have to be worth its start.
-LEAST = {"graphs": 60, "speed": 150, "meta": 90, "seeds": 90, "runs": 120}
+LEAST = {"graphs": 60, "speed": 150, "meta": 90, "runs": 120}
 # By default XLA puts neither convolutions nor loops into CUDA graphs, and a small
 # network's update is then hundreds of launches by the host.
 GRAPHS = {
@@ -89,10 +88,6 @@ def tasks(options: argparse.Namespace, deadline: float) -> Iterator[Task]:
     for method, dtype in pairs if "meta" in options.stages else ():
         flags = ["--method", method, "--dtype", dtype]
         yield script_task("meta", method, dtype, flags, options)
-    if "seeds" in options.stages:  # one pair: each number of seeds is a program more
-        flags = ["--method", first[0], "--dtype", first[1]]
-        flags += [] if options.reduced else ["--seeds", "1", "2", "4"]
-        yield script_task("seeds", *first, flags, options)
     if "runs" in options.stages:
         yield runs_task(options, deadline)
 
@@ -101,10 +96,10 @@ def script_task(
     stage: str, method: str, dtype: str, flags: list[str], options: argparse.Namespace
 ) -> Task:
     """A benchmark script that writes JSON."""
-    scripts = {"meta": "meta_gradient.py", "seeds": "seeds_at_once.py"}
     name = f"{stage}-{method}-{dtype}"
     result = options.output / "tasks" / f"{name}.json"
-    script = ROOT / "benchmarks" / scripts.get(stage, "speed.py")
+    script = "meta_gradient.py" if stage == "meta" else "speed.py"
+    script = ROOT / "benchmarks" / script
     command = [sys.executable, str(script), *flags, f"--output={result}"]
     return Task(name, stage, command + ["--reduced"] * options.reduced, result)
 
@@ -219,7 +214,7 @@ def markdown(summary: dict[str, Any]) -> str:
     lines = ["# Results of benchmarks/gpu.py", f"`{summary['commands'][-1]}`"]
     if summary["reduced"]:
         lines.append("**Tiny sizes: the numbers mean nothing.**")
-    outcomes, graphs, speed, meta, seeds, runs = [], [], [], [], [], []
+    outcomes, graphs, speed, meta, runs = [], [], [], [], []
     environment = None
     for name, task in summary["tasks"].items():
         result = task.get("result", {})
@@ -234,9 +229,6 @@ def markdown(summary: dict[str, Any]) -> str:
                 graphs.append([name.removeprefix("graphs-"), *figures])
         elif task["stage"] == "speed":
             speed += result.get("results", [])
-        elif task["stage"] == "seeds":
-            parts = result.get("results", [])
-            seeds += [[name.removeprefix("seeds-"), *p.values()] for p in parts]
         else:
             part, targets = result.get("results", [{}])[-1], result.get("targets", {})
             for key in [key for key in part if key != "conv_chunks"]:
@@ -252,9 +244,6 @@ def markdown(summary: dict[str, Any]) -> str:
     lines += ["## Speed", speed_table.markdown(speed)]
     header = "type | program | ms | time (train step = 1) | at most | memory | at most"
     lines += ["## Gradient of alpha", table(header, meta)]
-    header = "type | way | seeds | in turn, images/s | at once, images/s | ratio"
-    header += " | compile s | MiB"
-    lines += ["## Several seeds at once", table(header, seeds)]
     header = "run | status | steps | average incremental accuracy | seconds"
     lines += ["## Whole runs", "Beside the paper's numbers: reproduce/report.md"]
     lines += [table(header, runs)]

@@ -9,6 +9,7 @@ the end of each epoch.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -50,54 +51,44 @@ def train(options: argparse.Namespace, folder: pathlib.Path) -> list[float]:
     """MiB at the end of each epoch."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
+    import problem
     from etils import epath
 
-    from bsce_jax.config.fields import default_config
-    from bsce_jax.config.files import method_module
+    from bsce_jax.compute import parallel
     from bsce_jax.config.resolve import resolve
     from bsce_jax.data import streaming
     from bsce_jax.data.builders import image_folder
     from bsce_jax.run import loop, phases, setup
-    from bsce_jax.run.context import make_context
+    from bsce_jax.run.context import phase_context
     from bsce_jax.run.progress import initial
 
     image_folder.prepare("images", folder, options.images)
     streaming.MANY = 0  # processes for few images, too
-    root = pathlib.Path(__file__).resolve().parent.parent
-    config = default_config()
-    method_module(str(root / "configs" / "x.py"), "il_baseline").configure(
-        config, "imagenet_subset"
-    )
+    config = problem.load("image_folder", "data=images,steps=1,memory=0")
     data = config.data
-    data.name, data.data_dir, data.loading = "images", str(folder), "streaming"
+    data.data_dir = str(folder)
     data.image_size, data.resize, data.padding = options.pixels, 0, 0
     data.workers = options.workers
-    config.scenario.base_classes, config.scenario.steps = 0, 1
-    config.memory.kind = "none"
     config.model.name, config.model.width = "resnet8", 4
-    config.optim.batch_size, config.optim.epochs = 64, options.epochs
+    config.optim.batch_size, config.phase.base.epochs = 64, options.epochs
     run = setup.prepare(resolve(config), epath.Path(folder / "run"))
     progress = initial(run)
-    step = phases.step_data(run.config, run.dataset, progress.ranking, 0)
-    plan = loop.make_plan(run.config, step)
+    data = phases.planned(run.config, run.dataset)[0]
+    training = loop.make_training(run.config, data)
+    context = phase_context(run.config, run.dataset, data, progress.state.network)
     found: list[float] = []
 
     def after_call(history: loop.History, images: int) -> None:
-        if history.updates % plan.updates_per_epoch == 0:
+        if history.updates % training.updates_per_epoch == 0:
             found.append(memory())
             print(f"epoch {len(found):3d}: {found[-1]:.1f} MiB", flush=True)
 
     state = loop.fit(
-        run.programs,
+        loop.Loop(run.programs, run.train, training),
         progress.state,
-        make_context(run, progress, step),
-        run.train,
-        plan,
+        parallel.replicate(run.devices, context),
         loop.History(),
-        after_call=after_call,
-        due=lambda: False,
-        save=lambda state, history: None,
-        stop=lambda: 0,
+        dataclasses.replace(problem.UNWATCHED, after_call=after_call),
     )
     jax.block_until_ready(state)
     return found

@@ -36,17 +36,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import meta_gradient
 import numpy as np
-from meta_gradient import CONFIGS, report
+import problem
 from ml_collections import ConfigDict
 
-from bsce_jax.compute import optim, state, steps, updates
+from bsce_jax.compute import parallel, state, steps, updates
 from bsce_jax.compute.state import PyTree
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import method_module
 from bsce_jax.config.resolve import resolve
-from bsce_jax.data.augment import NORMALIZATION
-from bsce_jax.models import create
 from bsce_jax.run import programs
 
 METHODS = ("il_baseline", "lucir", "podnet")
@@ -95,53 +92,13 @@ def make_program(
     method: str, prior: str, dtype: str, options: argparse.Namespace
 ) -> tuple[ConfigDict, steps.Program]:
     """A method on ImageNet, whose convolutions are not cut into chunks."""
-    config = default_config()
-    config.prior = prior
-    method_module(CONFIGS, method).configure(config, "imagenet")
-    config.data.padding = 0
-    config.data.mean, config.data.std = NORMALIZATION["imagenet"]
+    config = problem.load("imagenet", f"method={method},prior={prior}")
     config.model.dtype, config.model.width = dtype, options.width
+    config.model.conv_chunks = 1
     config = resolve(config)
-    model = create(
-        config.model.name,
-        options.classes,
-        width=config.model.width or None,
-        final_relu=config.model.final_relu,
-        stem=config.model.stem,
-        head=config.model.head,
-        proxies=config.model.proxies,
-        dtype=dtype,
-        conv_chunks=1,
-    )
-    return config, programs.main_program(config, model)
-
-
-def make_state(config: ConfigDict, program: steps.Program, network: PyTree) -> Any:
-    """Shapes of the training state of a network's shapes."""
-    alpha = optim.alpha_optimizer(config.meta.optimizer, config.meta.learning_rate)
-    return state.TrainState(
-        params=network["params"],
-        batch_stats=network["batch_stats"],
-        opt_state=jax.eval_shape(program.optimizer.init, network["params"]),
-        alpha=array(()),
-        alpha_opt_state=jax.eval_shape(alpha.init, array(())),
-        extra={},
-    )
-
-
-def make_context(config: ConfigDict, network: PyTree, classes: int) -> Any:
-    """Shapes of the incremental step's constants."""
-    scale = functools.partial(optim.update_scale, trained=np.ones(classes, bool))
-    return state.StepContext(
-        log_prior=array((classes,)),
-        old=array((classes,), np.bool_),
-        seen=array((classes,), np.bool_),
-        counts=array((classes,)),
-        task_ids=array((classes,), np.int32),
-        weights={name: array(()) for name in config.terms},
-        update_scale=jax.eval_shape(scale, network["params"]),
-        teachers=(network,),
-    )
+    one = parallel.create("jit", jax.devices()[:1])
+    model = programs.build_model(config, one, options.classes)
+    return config, programs.phase_program(config, model, meta_gradient.PHASE)
 
 
 def make_rows(batch: int, pixels: int) -> state.Rows:
@@ -160,18 +117,17 @@ def make_arguments(
     config: ConfigDict, program: steps.Program, batch: int, options: argparse.Namespace
 ) -> tuple[PyTree, ...]:
     """Shapes of all that an update takes."""
-    pixels = options.pixels
-    network = programs.network_shapes(program.model, (pixels, pixels, 3))
-    one = array((1,), np.int32)
-    rows = make_rows(batch, pixels)
+    shape = (options.pixels, options.pixels, 3)
+    network = programs.network_shapes(config, program.model, shape)
+    make = functools.partial(meta_gradient.make_problem, config, program)
+    one, rows = array((1,), np.int32), make_rows(batch, options.pixels)
+    names = (updates.TRAIN, updates.HELD_OUT) if program.meta else (updates.TRAIN,)
     return (
-        make_state(config, program, network),
-        make_context(config, network, options.classes),
+        *jax.eval_shape(make, network),
         None,
         array((), np.int32),
         state.Schedule(one, one, one, one, learning_rate=array((1,))),
-        rows,
-        *((rows,) if program.meta else ()),
+        dict.fromkeys(names, rows),
     )
 
 
@@ -231,14 +187,14 @@ def sizes(
     training, context, *_ = make_arguments(config, program, 1, options)
     ranking = options.classes * config.memory.per_class * 4
     parts = {
-        "parameters": size(training.params),
+        "parameters": size(training.network.params),
         "momentum": size(training.opt_state),
-        "statistics": size(training.batch_stats),
-        "teacher": size(context.teachers),
+        "statistics": size(training.network.batch_stats),
+        "teacher": size(context.teacher),
         "ranking": ranking,
     }
     parts["checkpoint"] = size(training) + parts["teacher"] + ranking
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(training.params))
+    count = sum(math.prod(x.shape) for x in jax.tree.leaves(training.network.params))
     return {"parameters": count, "bytes": parts}
 
 
@@ -252,8 +208,8 @@ def run_facts(config: ConfigDict, checkpoint: int, classes: int) -> dict[int, An
         old = [classes // 2 + i * (classes // 2) // count for i in range(count)]
         images = IMAGES * classes // 1000 + config.memory.per_class * sum(old)
         kept = 1 + count + config.checkpoint.keep  # the ends of steps, and the newest
-        epochs = config.optim.epochs
-        found[count] = {"images": epochs * images, "checkpoints": kept * checkpoint}
+        images *= config.phase[meta_gradient.PHASE].epochs  # as many as of the base
+        found[count] = {"images": images, "checkpoints": kept * checkpoint}
     return found
 
 
@@ -267,11 +223,11 @@ def measure(
     meta = updates.make_meta_update(program) if program.meta else None
     found: dict[str, Any] = {"method": method, "prior": prior, "dtype": dtype}
     found |= sizes(config, program, options) | {"batches": {}}
-    found["epochs"] = config.optim.epochs
+    found["epochs"] = config.phase[meta_gradient.PHASE].epochs
     found["runs"] = run_facts(config, found["bytes"]["checkpoint"], options.classes)
     first, *_ = options.batch or [32]
     arguments = make_arguments(config, program, first, options)
-    flops = count_flops(lower(plain, arguments[:6], device))
+    flops = count_flops(lower(plain, arguments, device))
     if meta:
         every = config.meta.every
         with_alpha = count_flops(lower(meta, arguments, device))
@@ -418,7 +374,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # a TPU only compiles here
     runs = itertools.product(options.method, options.prior, options.dtype)
     results = [measure(*run, options) for run in runs]
-    report({"benchmark": "ImageNet-1000", "results": results}, options)
+    meta_gradient.report({"benchmark": "ImageNet-1000", "results": results}, options)
     print(tables(results, options.decode_rate))
 
 

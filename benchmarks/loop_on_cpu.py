@@ -27,6 +27,8 @@ import numpy as np
 from bsce_jax import models
 from bsce_jax.compute import steps, updates
 from bsce_jax.compute.state import Images, PyTree, Rows, Schedule
+from bsce_jax.compute.updates import TRAIN
+from bsce_jax.run import programs
 
 REDUCED = {"size": 8, "batch": 8, "updates": 3, "repeats": 2, "conv_chunks": 1}
 
@@ -35,11 +37,11 @@ def random_images(count: int, size: int) -> Images:
     """A random data set of the classes seen, on the device."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, size, size, 3))
-    labels = rng.integers(0, meta_gradient.SEEN, count)
+    labels = rng.integers(0, int(meta_gradient.SEEN * meta_gradient.CLASSES), count)
     return jax.device_put(Images(np.uint8(images), np.int32(labels)))
 
 
-def plan(count: int, batch: int, images: int) -> tuple[Schedule, Rows]:
+def plan(count: int, batch: int, images: int) -> tuple[Schedule, dict[str, Rows]]:
     """Random full batches for one call of `count` updates."""
     rng = np.random.default_rng(1)
     indices = np.int32(rng.integers(0, images, (count, batch)))
@@ -53,7 +55,7 @@ def plan(count: int, batch: int, images: int) -> tuple[Schedule, Rows]:
     )
     numbers = np.broadcast_to(np.arange(batch, dtype=np.int32), indices.shape)
     rows = Rows(indices, np.ones(indices.shape, np.float32), numbers)
-    return jax.device_put((schedule, rows))
+    return jax.device_put((schedule, {TRAIN: rows}))
 
 
 def compile_update(
@@ -63,7 +65,7 @@ def compile_update(
 
     Args:
       program: the static part.
-      arguments: state, context, data, count, schedule and rows; the state is copied.
+      arguments: state, context, data, count, schedule and streams; the state is copied.
       calls: one for a loop, else the number of updates.
     """
     start = time.perf_counter()
@@ -86,12 +88,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     config, program = meta_gradient.make_program(
         "il_baseline", options.model, "float32", options.conv_chunks
     )
-    state, context = meta_gradient.make_problem(config, program, options.size)
+    shape = (options.size, options.size, 3)
+    network = programs.init_network(config, program.model, shape)
+    state, context = meta_gradient.make_problem(config, program, network)
     data = random_images(4 * options.batch, options.size)
     runs, found = {}, {}
     for name, count in (("host", 1), ("loop", options.updates)):
-        schedule, rows = plan(count, options.batch, len(data.labels))
-        arguments = (state, context, data, jnp.int32(count), schedule, rows)
+        planned = plan(count, options.batch, len(data.labels))
+        arguments = (state, context, data, jnp.int32(count), *planned)
         calls = options.updates // count
         runs[name], seconds = compile_update(program, arguments, calls)
         found[name] = {"updates_per_call": count, "compile_s": round(seconds, 1)}

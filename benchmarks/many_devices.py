@@ -39,7 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import jax
     import problem
 
-    from bsce_jax.run import loop
     from bsce_jax.telemetry import environment
 
     sizes = problem.sizes(options.reduced)
@@ -53,10 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         def run() -> float:
             started = time.perf_counter()
             for update in range(options.updates):
-                p.progress.state, _ = loop.call(
-                    p.run.programs, p.progress.state, p.context, p.run.train, p.plan,
-                    update, 1,
-                )  # fmt: skip
+                p.train(update, 1)
             jax.block_until_ready(p.progress.state)
             return 1000 * (time.perf_counter() - started) / options.updates
 

@@ -24,7 +24,6 @@ training uses there (see bsce_jax/models/convolution.py).
 import argparse
 import functools
 import json
-import pathlib
 import shlex
 import sys
 import time
@@ -35,23 +34,23 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import problem
 from etils import epath
 from ml_collections import ConfigDict
 
 from bsce_jax import log_prior, meta_alpha, models
 from bsce_jax.compute import optim, parallel, steps
-from bsce_jax.compute.state import Batch, PyTree, StepContext, TrainState
+from bsce_jax.compute.state import Batch, Network, PyTree, StepContext, TrainState
 from bsce_jax.config import terms
-from bsce_jax.config.fields import default_config
-from bsce_jax.config.files import method_module
 from bsce_jax.config.resolve import resolve
 from bsce_jax.report import results as results_file
-from bsce_jax.run import programs
+from bsce_jax.run import phases, programs
 from bsce_jax.telemetry import environment
 
-CLASSES, OLD, SEEN = 100, 50, 60  # the first incremental step of B50 with 5 steps
+CLASSES = 100
+OLD, SEEN = 0.5, 0.6  # share of the classes: the first of 5 steps after half of them
 IMAGES_OLD, IMAGES_NEW = 18, 500  # a class, with 2 of 20 exemplars held out
-CONFIGS = str(pathlib.Path(__file__).resolve().parent.parent / "configs" / "x.py")
+PHASE = "incremental"
 # At most this much more than a train step: what the method's cost is held to.
 TARGETS = {
     "gradient_forward": {"time_ratio": 1.6, "memory_ratio": 1.1},
@@ -64,63 +63,60 @@ def make_program(
     method: str, model: str, dtype: str, conv_chunks: int
 ) -> tuple[ConfigDict, steps.Program]:
     """A method on CIFAR-100 with Meta BalancedS-CE: configuration and static part."""
-    config = default_config()
-    config.prior = "meta"
-    method_module(CONFIGS, method).configure(config, "cifar100")
+    config = problem.load("cifar100", f"method={method},prior=meta")
     config.model.name = model or config.model.name
     config.model.dtype, config.model.conv_chunks = dtype, conv_chunks
     config = resolve(config)
     one = parallel.create("jit", jax.devices()[:1])
-    network = programs.build_model(config, one, CLASSES)
-    return config, programs.main_program(config, network)
+    model = programs.build_model(config, one, CLASSES)
+    return config, programs.phase_program(config, model, PHASE)
 
 
 def make_problem(
-    config: ConfigDict, program: steps.Program, size: int
+    config: ConfigDict, program: steps.Program, network: Network
 ) -> tuple[TrainState, StepContext]:
-    """State and context of the first incremental step, for size x size images."""
-    assert program.meta is not None
-    init = jax.jit(functools.partial(program.model.init, train=False))
-    student, teacher = (
-        init(jax.random.key(seed), jnp.zeros((1, size, size, 3))) for seed in (0, 1)
-    )
-    alpha = jnp.float32(1.0)
+    """State and context of a network's first incremental step."""
+    alpha, meta = jnp.float32(1.0), config.meta
     state = TrainState(
-        params=student["params"],
-        batch_stats=student["batch_stats"],
-        opt_state=program.optimizer.init(student["params"]),
+        network=network,
+        opt_state=program.optimizer.init(network.params),
         alpha=alpha,
-        alpha_opt_state=program.meta.optimizer.init(alpha),
-        extra={},
+        alpha_opt_state=optim.alpha_optimizer(meta.optimizer, meta.learning_rate).init(
+            alpha
+        ),
     )
-    positions = np.arange(CLASSES)
-    old, seen = positions < OLD, positions < SEEN
+    classes = program.model.num_classes
+    positions = np.arange(classes)
+    old, seen = positions < OLD * classes, positions < SEEN * classes
     counts = np.float32(np.where(old, IMAGES_OLD, IMAGES_NEW) * seen)
+    phase = next(p for p in phases.configured(config) if p.name == PHASE)
+    used = terms.of_phase(config.terms, config.phase[PHASE].terms)
     context = StepContext(
         log_prior=log_prior.balanced(counts),
         old=old,
         seen=seen,
+        taught=old,
         counts=counts,
-        task_ids=np.int32(positions >= OLD),
+        task_ids=np.int32(~old),
         weights={
-            name: np.float32(terms.weight(name, term, OLD, SEEN))
-            for name, term in config.terms.items()
+            name: np.float32(terms.weight(name, term, old.sum(), seen.sum()))
+            for name, term in used.items()
         },
         update_scale=optim.update_scale(
-            state.params, seen & ~old if config.optim.freeze_old_rows else seen
+            network.params, phase.rate, seen & ~old if phase.rows == "new" else seen
         ),
-        teachers=(teacher,),
+        teacher=jax.tree.map(jnp.flip, network),
     )
     return state, jax.device_put(context)
 
 
 def random_batch(rows: int, size: int, dtype: str, seed: int) -> Batch:
-    """Normalised random images of all seen classes."""
+    """Normalised random images of all seen classes of CIFAR-100."""
     rng = np.random.default_rng(seed)
     images = rng.normal(size=(rows, size, size, 3))
     return Batch(
         images=jnp.asarray(images, jnp.dtype(dtype)),
-        labels=jnp.asarray(rng.integers(0, SEEN, rows), jnp.int32),
+        labels=jnp.asarray(rng.integers(0, int(SEEN * CLASSES), rows), jnp.int32),
         valid=jnp.ones(rows, jnp.float32),
     )
 
@@ -218,8 +214,10 @@ def measure(options: argparse.Namespace, conv_chunks: int) -> dict[str, Any]:
     config, program = make_program(
         options.method, options.model, options.dtype, conv_chunks
     )
+    shape = (options.size, options.size, 3)
+    network = programs.init_network(config, program.model, shape)
     arguments = (
-        *make_problem(config, program, options.size),
+        *make_problem(config, program, network),
         random_batch(options.batch, options.size, options.dtype, seed=0),
         random_batch(options.batch, options.size, options.dtype, seed=1),
         jnp.float32(0.1),

@@ -6,8 +6,9 @@ which need not be prepared.
 """
 
 import dataclasses
-import importlib.util
+import functools
 import pathlib
+import runpy
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, cast
@@ -20,16 +21,19 @@ from ml_collections import ConfigDict
 
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import PyTree, StepContext
+from bsce_jax.config import terms
 from bsce_jax.config.resolve import resolve
 from bsce_jax.run import feed, loop, setup
-from bsce_jax.run.context import make_context
+from bsce_jax.run.context import has_teacher, phase_context
 from bsce_jax.run.dataset import Dataset, Split
-from bsce_jax.run.phases import StepData, planned_phases
+from bsce_jax.run.phases import StepData, configured, planned
 from bsce_jax.run.programs import Programs, build
 from bsce_jax.run.progress import Progress, initial
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RATE = 1e-3  # learning rate: random labels must not end in NaN
+# Is told nothing, and asks for nothing.
+UNWATCHED = loop.Watch(lambda *_: None, lambda: False, lambda *_: None, lambda: 0)
 
 
 class Sizes(NamedTuple):
@@ -104,16 +108,16 @@ class Program:
         return self._known[key]
 
     def one_update(self) -> tuple[Any, Any]:
-        """The same with one update a call and so no loop: lowered, and compiled.
+        """The same with one update a call and so no loop: traced, and compiled.
 
         XLA's analysis counts the body of a loop once or not at all.
         """
-        *whole, schedule, rows = self._arguments
+        *whole, schedule, streams = self._arguments
         first = lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)  # noqa: E731
-        short = jax.tree.map(first, (schedule, rows))
+        short = jax.tree.map(first, (schedule, streams))
         arguments = (*whole, *short)
-        lowered = self._jitted.lower(*arguments)
-        return lowered, self._compile(lowered, arguments)[0]
+        traced = self._jitted.trace(*arguments)
+        return traced, self._compile(traced.lower(), arguments)[0]
 
 
 @dataclasses.dataclass
@@ -122,18 +126,14 @@ class Problem:
 
     Attributes:
       run: configuration, data on the devices and programs, each a `Program`.
-      phases: the base step's main training, this step's and its fine-tuning, if any.
-      progress: its state is moved on by whoever trains, and its buffers reused; its
-        teacher is another network than the student.
-      context: of the step's main training.
-      plan: of the step's main training, many epochs.
+      trainings: of each phase of the base step and of this one, all epochs.
+      progress: in this step; its state is moved on by whoever trains, and its buffers
+        reused; its teacher is another network than the student.
     """
 
     run: setup.Run
-    phases: list[StepData]
+    trainings: list[loop.Training]
     progress: Progress
-    context: StepContext
-    plan: loop.Plan
 
     @property
     def programs(self) -> Programs:
@@ -141,20 +141,49 @@ class Problem:
         return self.run.programs
 
     @property
+    def training(self) -> loop.Training:
+        """The step's main training."""
+        return next(t for t in self.trainings if t.data.step)
+
+    @property
     def data(self) -> StepData:
         """Of the step's main training."""
-        return self.phases[1]
+        return self.training.data
+
+    @functools.cached_property
+    def context(self) -> StepContext:
+        """Of the step's main training, on the devices."""
+        return self.context_of(self.training)
+
+    def context_of(self, training: loop.Training) -> StepContext:
+        """The constants of a training, on the devices."""
+        run, data, network = self.run, training.data, self.progress.state.network
+        context = phase_context(run.config, run.dataset, data, network)
+        if has_teacher(data):
+            context = context.replace(teacher=self.progress.teacher)
+        return parallel.replicate(run.devices, context)
+
+    def train(
+        self, first: int, count: int, training: loop.Training | None = None
+    ) -> None:
+        """Dispatches a call of some updates of a training, the main one by default."""
+        if training is None:
+            training, context = self.training, self.context
+        else:
+            context = self.context_of(training)
+        which = loop.Loop(self.programs, self.run.train, training)
+        state = self.progress.state
+        self.progress.state, _ = loop.call(which, state, context, first, count)
+
+
+def load(name: str, argument: str) -> ConfigDict:
+    """What a file of configs/ gives for an argument, not resolved."""
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](argument)
 
 
 def configuration(method: str, prior: str, dtype: str, sizes: Sizes) -> ConfigDict:
     """configs/cifar100.py for a method and prior, cut to the sizes."""
-    spec = importlib.util.spec_from_file_location(
-        "cifar100", ROOT / "configs" / "cifar100.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(f"method={method},prior={prior}")
+    config = load("cifar100", f"method={method},prior={prior}")
     config.model.dtype = dtype
     if sizes.batch:
         config.optim.batch_size = config.meta.batch_size = sizes.batch
@@ -205,73 +234,74 @@ def place(
     """Builds the problem of a configuration and data set on the first devices."""
     chosen = parallel.create(mode, jax.devices()[:devices])
     programs = build(config, chosen, source.num_classes)
-    jitted = ("base_update", "incremental_update", "meta_update", "finetune_update")
-    found = {
-        name: getattr(programs, name) for name in (*jitted, "evaluate", "features")
-    }
-    wrapped = {name: value and Program(value) for name, value in found.items()}
+    programs = dataclasses.replace(
+        programs,
+        updates={name: Program(f) for name, f in programs.updates.items()},
+        meta_updates={name: Program(f) for name, f in programs.meta_updates.items()},
+        evaluate=Program(programs.evaluate),
+        features=Program(programs.features),
+    )
     run = setup.Run(
         config,
         epath.Path("not written"),
         source,
-        dataclasses.replace(programs, **wrapped),
+        configured(config),
+        programs,
         feed.create(config, chosen, source.train, source.image_shape),
         feed.create(config, chosen, source.test, source.image_shape),
         results={},
         monitor=cast(Any, None),
     )
-    phases = [p for p in planned_phases(config, source) if p.step < 2]
+    trainings = [
+        slow(loop.make_training(config, data))
+        for data in planned(config, source)
+        if data.step < 2
+    ]
     progress = initial(run)
+    progress.step = 1
     turned = jax.tree.map(np.flip, jax.device_get(progress.teacher))
     progress.teacher = parallel.replicate(chosen, turned)
-    return Problem(
-        run,
-        phases,
-        progress,
-        make_context(run, progress, phases[1]),
-        slow(loop.make_plan(config, phases[1])),
-    )
+    return Problem(run, trainings, progress)
 
 
-def slow(plan: loop.Plan) -> loop.Plan:
-    """The plan with the benchmark's learning rate."""
-    return dataclasses.replace(plan, learning_rates=(RATE,) * plan.epochs)
+def slow(training: loop.Training, epochs: int = 0) -> loop.Training:
+    """The training with the benchmark's learning rate, and another length if given."""
+    phase = training.data.phase
+    epochs = epochs or phase.epochs
+    phase = dataclasses.replace(phase, epochs=epochs, rates=(RATE,) * epochs)
+    data = dataclasses.replace(training.data, phase=phase)
+    return dataclasses.replace(training, data=data)
 
 
 def compile_all(problem: Problem) -> None:
-    """Calls every program of a run once, on a copy of the state."""
-    run = problem.run
-    for phase in problem.phases:
-        plan = slow(loop.make_plan(run.config, phase))
+    """Calls every training program of a run once, and leaves the state as it was."""
+    state = problem.progress.state
+    for training in problem.trainings:
         first = [0]
-        if plan.alpha_every and run.programs.updates_per_call == 1:
+        if training.alpha_every and problem.programs.updates_per_call == 1:
             first.append(1)  # the program without an update of alpha
         for update in first:
-            loop.call(
-                run.programs,
-                jax.tree.map(jnp.copy, problem.progress.state),
-                make_context(run, problem.progress, phase),
-                run.train,
-                plan,
-                update,
-                1,
-            )
+            problem.progress.state = jax.tree.map(jnp.copy, state)
+            problem.train(update, 1, training)
+    problem.progress.state = state
 
 
-def images_of(plan: loop.Plan, first: int, count: int) -> int:
+def images_of(training: loop.Training, first: int, count: int) -> int:
     """Images in updates first to first + count: the last of an epoch has fewer."""
-    within = np.arange(first, first + count) % plan.updates_per_epoch
-    left = len(plan.train) - within * plan.batch_size
-    return int(np.minimum(left, plan.batch_size).sum())
+    within = np.arange(first, first + count) % training.updates_per_epoch
+    left = len(training.data.train) - within * training.batch_size
+    return int(np.minimum(left, training.batch_size).sum())
 
 
 def programs_of(programs: Programs) -> dict[str, Program]:
     """The programs compiled so far, by name."""
-    found = {f.name: getattr(programs, f.name) for f in dataclasses.fields(programs)}
+    found = {f"{name}_update": f for name, f in programs.updates.items()}
+    found |= {f"{name}_meta_update": f for name, f in programs.meta_updates.items()}
+    found |= {"evaluate": programs.evaluate, "features": programs.features}
     return {
         name: program
-        for name, program in found.items()
-        if isinstance(program, Program) and program.compiled is not None
+        for name, program in cast(dict[str, Program], found).items()
+        if program.compiled is not None
     }
 
 
@@ -283,6 +313,7 @@ def rival_spec(p: Problem, steps: int) -> dict[str, Any]:
     """All that PyTorch needs to know, in JSON's types; `steps` make a round."""
     config, model, data = p.run.config, p.programs.model, p.data
     seen, weights = data.num_seen, p.context.weights
+    used = terms.of_phase(config.terms, config.phase[data.phase.name].terms)
     return {
         "blocks": list(model.blocks),
         "widths": list(model.widths),
@@ -298,10 +329,10 @@ def rival_spec(p: Problem, steps: int) -> dict[str, Any]:
         "seen": seen,
         "terms": {
             name: {**term.to_dict(), "weight": float(weights[name])}
-            for name, term in config.terms.items()
+            for name, term in used.items()
         },
         "log_prior": np.asarray(p.context.log_prior)[:seen].tolist(),
-        "freeze_old_rows": config.optim.freeze_old_rows,
+        "freeze_old_rows": data.phase.rows == "new",
         "weight_decay": config.optim.weight_decay,
         "clip": config.optim.clip,
         "rate": RATE,

@@ -23,7 +23,6 @@ flags; on an H100 SXM: bfloat16 989, float32 (TF32) 494 TFLOP/s, 3.35 TB/s.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import itertools
 import os
@@ -45,7 +44,7 @@ from problem import Contestant, Problem
 from rival_process import RivalError, Rivals
 
 from bsce_jax import memory
-from bsce_jax.run import evaluate, loop
+from bsce_jax.run import evaluate, hooks, loop
 
 PRIORS = {
     "il_baseline": ("none", "balanced", "meta"),
@@ -70,71 +69,41 @@ REDUCED = {
 
 def contestants(p: Problem, updates: int) -> dict[str, Contestant]:
     """What is timed of a method and prior, by the names of AGAINST."""
-    run, context, seen = p.run, p.context, p.data.num_seen
-    config, programs, source = run.config, run.programs, run.dataset
-    batch = config.evaluation.batch_size
+    run, training, width = p.run, p.training, p.programs.updates_per_call
     # On a GPU one is a call or two: too short for what a run does between calls.
     epochs = 1 if jax.default_backend() == "cpu" else 10
-    some_epochs = dataclasses.replace(p.plan, epochs=epochs)
-    test = np.flatnonzero(source.test_labels < seen)
-    new = [np.flatnonzero(source.train_labels == c) for c in source.groups[1]]
+    some_epochs = problem.slow(training, epochs)
+    test = np.flatnonzero(run.dataset.test_labels < p.data.num_seen)
     first = 0
 
     def train() -> float:
         nonlocal first
-        first = 0 if first + updates > p.plan.updates else first
-        images = problem.images_of(p.plan, first, updates)
-        for done in range(0, updates, programs.updates_per_call):
-            count = min(programs.updates_per_call, updates - done)
-            p.progress.state, _ = loop.call(
-                programs,
-                p.progress.state,
-                context,
-                run.train,
-                p.plan,
-                first + done,
-                count,
-            )
+        first = 0 if first + updates > training.updates else first
+        images = problem.images_of(training, first, updates)
+        for done in range(0, updates, width):
+            p.train(first + done, min(width, updates - done))
         first += updates
         jax.block_until_ready(p.progress.state)
         return images
 
     def epoch() -> float:
         p.progress.state = loop.fit(
-            programs,
+            loop.Loop(p.programs, run.train, some_epochs),
             p.progress.state,
-            context,
-            run.train,
-            some_epochs,
+            p.context,
             loop.History(),
-            after_call=lambda history, images: None,
-            due=lambda: False,
-            save=lambda state, history: None,
-            stop=lambda: 0,
+            problem.UNWATCHED,
         )
         jax.block_until_ready(p.progress.state)
-        return epochs * len(some_epochs.train)
+        return epochs * len(p.data.train)
 
     def predict() -> float:
-        network = p.progress.state.params, p.progress.state.batch_stats
-        evaluate.predict(programs, *network, context.seen, run.test, test, batch)
+        evaluate.predict(run.inference(run.test, p.progress.state.network, 1), test)
         return len(test)
 
     def herd() -> float:
-        evaluate.select_exemplars(
-            programs,
-            p.progress.state.params,
-            p.progress.state.batch_stats,
-            run.train,
-            new,
-            "herding",
-            config.memory.per_class,
-            config.memory.per_class,
-            len(new[0]),
-            batch,
-            np.random.default_rng(0),
-        )
-        return len(new)
+        hooks.select_exemplars(run, p.progress)
+        return len(run.dataset.groups[1])
 
     found = {"train": train, "epoch": epoch, "evaluate": predict, "herding": herd}
     return {name: timed(function) for name, function in found.items()}
@@ -210,7 +179,7 @@ def of_prior(
     """Facts, rates and ratios of a prior, and the floor's share of an update's time."""
     found = {**known, **rates}
     if found["floor_s"]:
-        update = p.plan.batch_size / found["train"]["per_s"]
+        update = p.training.batch_size / found["train"]["per_s"]
         found["share_of_floor"] = short(found["floor_s"] / update)
     return found
 
@@ -276,7 +245,7 @@ def facts(p: Problem, options: argparse.Namespace) -> dict[str, Any]:
     arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
     memory.herd_padded.lower(*arguments, m=p.run.config.memory.per_class).compile()
     seconds["herd"] = round(time.perf_counter() - start, 2)
-    largest = programs.get("meta_update") or programs["incremental_update"]
+    largest = programs.get("incremental_meta_update") or programs["incremental_update"]
     used, totals = largest.compiled.memory_analysis(), (0.0, 0.0)
     if "incremental_update" in programs:  # absent where updates of alpha are in a loop
         totals = cost.flops_and_bytes(*programs["incremental_update"].one_update())

@@ -23,8 +23,8 @@ def startup(method: str, dtype: str, sizes: problem.Sizes) -> dict[str, float]:
         "model.width": config.model.width,
         "model.dtype": dtype,
         "optim.batch_size": config.optim.batch_size,
-        "optim.base_epochs": 1,
-        "optim.base_milestones": "()",
+        "phase.base.epochs": 1,
+        "phase.base.milestones": "()",
     }
     file, found = problem.ROOT / "configs" / "digits.py", {}
     with tempfile.TemporaryDirectory() as folder:

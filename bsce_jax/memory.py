@@ -77,8 +77,10 @@ def herd(features: ArrayLike, m: int) -> jax.Array:
     return herd_padded(features, jnp.ones(num_images, bool), m)
 
 
-@functools.partial(jax.jit, static_argnames="m")
-def herd_padded(features: jax.Array, valid: jax.Array, m: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("m", "normalise"))
+def herd_padded(
+    features: jax.Array, valid: jax.Array, m: int, normalise: bool = True
+) -> jax.Array:
     """`herd` for classes of different sizes with one compilation.
 
     Runs in float32, or in float64 where the features are.
@@ -87,11 +89,13 @@ def herd_padded(features: jax.Array, valid: jax.Array, m: int) -> jax.Array:
       features: ``[rows, dimension]``, the images of one class and padding.
       valid: ``[rows]`` bool, False for padding.
       m: images to choose; static.
+      normalise: whether to herd features of length 1, or as they are; static.
 
     Returns:
       ``[m]`` int32 rows in order of choice, -1 where there are fewer images than m.
     """
-    points = _normalise(features, valid)
+    points = _floating(features)
+    points = _normalise(points, valid) if normalise else points * valid[:, None]
     num_valid = jnp.sum(valid, dtype=jnp.int32)
     mean = jnp.sum(points, axis=0) / jnp.maximum(num_valid, 1)
 
@@ -262,8 +266,12 @@ def balanced_split(
     return source[~held], source[held]
 
 
+def _floating(features: jax.Array) -> jax.Array:
+    """At least float32."""
+    return features.astype(jnp.result_type(features, jnp.float32))
+
+
 def _normalise(features: jax.Array, valid: jax.Array) -> jax.Array:
-    """Rows of length 1 (0 for padding), at least in float32."""
-    features = features.astype(jnp.result_type(features, jnp.float32))
+    """Rows of length 1 (0 for padding)."""
     length = jnp.sqrt(jnp.sum(features**2, axis=1, keepdims=True))
     return jnp.where(valid[:, None], features / jnp.maximum(length, 1e-12), 0)

@@ -74,7 +74,8 @@ def stream(
         before = n + begin + np.arange(len(aside))
         total += (aside * (before / (before + 1))[:, None]).T @ aside
     n += len(labels)
-    return total / max(n, 1), means, counts, n
+    after = total / n if n else np.array(covariance, np.float64)
+    return after, means, counts, n
 
 
 def _learn(

@@ -37,7 +37,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
     apply_arguments(config, argument, ARGUMENTS)
     method_module(__file__, config.method).configure(config, "cifar100")
     config.model.name = config.model.name.replace("32", "20")
-    base, later = config.phase.base, config.phase.incremental
-    base.epochs, base.milestones, base.learning_rate = 40, (20, 30), 0.1
-    later.epochs, later.milestones = 20, (10, 15)
+    for phase in config.phase.values():
+        if phase.images == "training" and phase.steps == "base":
+            phase.epochs, phase.milestones = 40, (20, 30)
+        elif phase.images == "training":
+            phase.epochs, phase.milestones = 20, (10, 15)
     return config

@@ -19,8 +19,7 @@ COMPILED = tempfile.mkdtemp()
 atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
 
 CONFIG = """
-from bsce_jax.config import method_module
-from bsce_jax.defaults import default_config
+from bsce_jax.config import default_config, method_module
 
 def get_config():
     c = default_config()
@@ -32,9 +31,13 @@ def get_config():
     c.memory.per_class = 3
     c.model.width = 4
     c.model.conv_chunks = 1
-    c.optim.epochs, c.optim.batch_size, c.optim.milestones = {epochs}, 16, (1,)
-    c.optim.base_epochs, c.optim.base_milestones = 2, (1,)
-    c.finetune.epochs = min(c.finetune.epochs, 6)
+    c.optim.batch_size = 16
+    for phase in c.phase.values():
+        if phase.images == "training":
+            phase.epochs = 2 if phase.steps == "base" else {epochs}
+            phase.milestones = (1,)
+        else:
+            phase.epochs = min(phase.epochs, 6)
     c.meta.every, c.meta.batch_size, c.meta.inner_learning_rate = 2, 8, 0.0
     c.evaluation.batch_size = 64
     return c

@@ -50,6 +50,7 @@ def run(script: str, *flags: str, reduced: bool = True) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_meta_gradient():
     found = json.loads(run("meta_gradient.py"))
     assert found["environment"]["platform"] == "cpu"
@@ -70,16 +71,6 @@ def test_loop_on_cpu():
         found["options"]["updates"],
     )
     assert found["ratio"] > 0
-
-
-@pytest.mark.slow
-def test_seeds_at_once():
-    found = json.loads(run("seeds_at_once.py"))["results"]
-    ways = ["vmapped", "copies"]
-    assert [(r["seeds"], r["way"]) for r in found] == [
-        (n, w) for n in (1, 2) for w in ways
-    ]
-    assert all(result["ratio"] > 0 for result in found)
 
 
 @pytest.mark.slow
@@ -151,6 +142,26 @@ def test_rivals_compute_the_same(load, monkeypatch, method, prior):
         assert abs(other[0] / ours[0] - 1) > 1e-3, name
 
 
+def test_what_speed_times(load, monkeypatch):
+    """Programs are traced and not compiled: all that they give is ones."""
+    problem, speed = load("problem"), load("speed")
+
+    def traced(program, *arguments):
+        shapes = jax.eval_shape(program._jitted, *arguments)
+        return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+
+    monkeypatch.setattr(problem.Program, "__call__", traced)
+    p = problem.make("il_baseline", "meta", "float32", problem.REDUCED)
+    problem.compile_all(p)
+    contestants = speed.contestants(p, updates=10)
+    done = {name: contestant()[1] for name, contestant in contestants.items()}
+    # Without an image of each class: those are held out.
+    images = (2 * 24 + 10 * 6) - 12
+    assert done == {"train": 160, "epoch": images, "evaluate": 12 * 4, "herding": 2}
+    spec = problem.rival_spec(p, 5)
+    assert json.loads(json.dumps(spec)) == spec and spec["images"] == images
+
+
 @pytest.mark.slow
 def test_speed(tmp_path):
     output = tmp_path / "speed.json"
@@ -176,6 +187,7 @@ def test_speed(tmp_path):
     assert result["rounds"] == 2
 
 
+@pytest.mark.slow
 def test_speed_without_torch_and_its_table(load):
     flags = ["--no-startup", "--rivals", "--priors", "none", "balanced"]
     found = json.loads(run("speed.py", *flags))["results"]
@@ -205,9 +217,10 @@ def test_bytes_of_library_calls(load):
 def test_flops_are_counted_where_the_device_cannot(load):
     """Two flops a multiply-add; what `Lowered.cost_analysis` has on CPU."""
     a, b = jnp.ones((3, 5)), jnp.ones((5, 7))
-    lowered = jax.jit(jnp.dot).lower(a, b)
-    found = load("cost").counted(lowered)
-    assert found["flops"] == lowered.cost_analysis()["flops"] == 2 * 3 * 5 * 7
+    traced = jax.jit(lambda pair: {"product": jnp.dot(*pair)}).trace((a, b))
+    found = load("cost").counted(traced)
+    known = traced.lower().cost_analysis()
+    assert found["flops"] == known["flops"] == 2 * 3 * 5 * 7
 
 
 def test_what_a_trace_says(load):

@@ -13,27 +13,20 @@ import pytest
 from ml_collections import ConfigDict
 
 from bsce_jax.config import terms
-from bsce_jax.config.fields import default_config
+from bsce_jax.config.fields import FIELDS, PHASE, Field, default_config, find
 from bsce_jax.config.files import method_module, parse_arguments
-from bsce_jax.config.hashes import NOT_HASHED, config_hash, digest, flatten
-from bsce_jax.config.resolve import BOUNDS, CHOICES, resolve, validate
+from bsce_jax.config.hashes import config_hash, digest, flatten
+from bsce_jax.config.resolve import resolve, validate
 from bsce_jax.errors import UserError
 
-FIELDS = flatten(default_config())
-NOT_IN_THE_HASH = {
-    "name",
-    "print_plan",
-    "log_seconds",
-    "compile_cache",
-    "init_from",
-    "checkpoint.minutes",
-    "checkpoint.keep",
-    "data.data_dir",
-    "data.workers",
-    "data.timeout",
-    "data.corrupt",
-}
+# Every field with a value, those of a phase as they are in one of them.
+ALL = FIELDS | {f"phase.incremental.{name}": field for name, field in PHASE.items()}
+VALUES = {name: f for name, f in ALL.items() if not isinstance(f.default, dict)}
 MISSING = object()
+
+
+def names(condition: Any) -> list[str]:
+    return [name for name, field in VALUES.items() if condition(field)]
 
 
 def example() -> ConfigDict:
@@ -76,33 +69,59 @@ def test_the_example_is_allowed():
     validate(example())
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", names(lambda field: field.choices))
 def test_choices(name):
     message = refusal(changed(name, "other\nthing"))
-    assert message == (
-        f"config.{name}='other\\nthing': expected one of {', '.join(CHOICES[name])}"
-    )
+    allowed = ", ".join(VALUES[name].choices)
+    assert message == f"config.{name}='other\\nthing': expected one of {allowed}"
 
 
-@pytest.mark.parametrize("name", BOUNDS)
+def is_number(field: Field) -> bool:
+    return field.default is None or type(field.default) in (int, float)
+
+
+@pytest.mark.parametrize("name", names(is_number))
 def test_bounds(name):
-    low, high = BOUNDS[name]
-    assert (low, high) != (None, None)
-    kind = type(FIELDS[name])
-    for bound, sign, word in ((low, -1, "at least"), (high, 1, "at most")):
+    field = VALUES[name]
+    assert (field.least, field.most) != (None, None), "a number without a bound"
+    for bound, sign, word in (
+        (field.least, -1, "at least"),
+        (field.most, 1, "at most"),
+    ):
         if bound is not None:
-            beyond = kind(bound + sign) if kind is int else float(bound) + sign * 1e-13
+            whole = type(field.default) is int
+            beyond = bound + sign if whole else float(bound) + sign * 1e-13
             message = refusal(changed(name, beyond))
             assert message == f"config.{name}={beyond!r}: expected {word} {bound}"
 
 
-def test_every_number_and_named_choice_is_checked():
-    numbers = {n for n, v in FIELDS.items() if type(v) in (int, float)}
-    assert numbers == BOUNDS.keys()
-    free = "name method init_from scenario.class_order model.name".split()
-    free += ["data.name", "data.data_dir", "data.train_split", "data.test_split"]
-    texts = {n for n, v in FIELDS.items() if isinstance(v, str)}
-    assert texts == CHOICES.keys() | set(free)
+@pytest.mark.parametrize("name", ALL)
+def test_declarations(name):
+    """A default is allowed, a meaning is a sentence, what is base is hashed."""
+    field = ALL[name]
+    assert field.means[-1] == "." and "  " not in field.means
+    assert not field.choices or field.default in field.choices
+    assert not (field.base and not field.hashed)
+    assert find(name) is field and find(f"{name}.more") in (field, None)
+
+
+def test_the_default_configuration_has_every_field_and_no_other():
+    found = {}
+
+    def visit(section, prefix):
+        for name, value in section.items():
+            if isinstance(value, dict) and value:
+                visit(value, f"{prefix}{name}.")
+            else:
+                found[prefix + name] = value
+
+    visit(default_config().to_dict(), "")
+    both = [n.replace("incremental", "base") for n in ALL if n.startswith("phase.")]
+    assert found.keys() == {*ALL, *both}
+    own = ("epochs", "milestones", "teacher", "steps")
+    for name, value in found.items():
+        if not (name.startswith("phase.") and name.endswith(own)):
+            assert value == find(name).default, name
 
 
 WRONG: dict[type, list[Any]] = {
@@ -110,38 +129,45 @@ WRONG: dict[type, list[Any]] = {
     int: [True, 1.0, "1", None, (1,), {}],
     float: [True, "1.0", None, (1.0,), {"value": 1.0}],
     str: [0, 1.0, False, None, ("a",), {}],
-    list: ["1", 1.0, None, ("1",), (True,), (None,), {}],
+    tuple: ["1", 1.0, None, ("1",), (True,), (None,), {}],
+    type(None): [True, "1.0", (1.0,), {"value": 1.0}],
 }
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", VALUES)
 def test_a_value_of_a_wrong_type_is_refused(name):
-    for value in WRONG[type(FIELDS[name])]:
+    default = VALUES[name].default
+    texts = isinstance(default, tuple) and default and isinstance(default[0], str)
+    for value in [("base", 1), (1,)] if texts else WRONG[type(default)]:
         message = refusal(changed(name, value))
         assert message.startswith(f"config.{name}={value!r}: expected "), message
         assert "'ConfigDict'" not in message
 
 
-@pytest.mark.parametrize("name", [n for n, v in FIELDS.items() if type(v) is float])
+@pytest.mark.parametrize(
+    "name", names(lambda f: f.default is None or type(f.default) is float)
+)
 def test_integers_pass_for_floats_and_nothing_infinite_does(name):
-    validate(changed(name, math.ceil(BOUNDS[name][0] or 0)))
+    validate(changed(name, math.ceil(VALUES[name].least or 0)))
     for value in (math.nan, math.inf, -math.inf):
         assert refusal(changed(name, value)).startswith(f"config.{name}={value!r}: ")
 
 
-@pytest.mark.parametrize("name", [n for n, v in FIELDS.items() if type(v) is list])
+@pytest.mark.parametrize("name", names(lambda f: type(f.default) is tuple))
 def test_nothing_infinite_passes_in_a_tuple(name):
     for value in (math.nan, math.inf):
         many = (0.5, 0.5, value)
         assert refusal(changed(name, many)).startswith(f"config.{name}={many!r}: ")
 
 
-@pytest.mark.parametrize("name", [*FIELDS, "data", "meta", "terms"])
+@pytest.mark.parametrize("name", [*ALL, "data", "meta", "phase"])
 def test_a_missing_field_is_named(name):
     assert refusal(changed(name, MISSING)) == f"config.{name} is missing"
 
 
-@pytest.mark.parametrize("section", ["", "data.", "optim.", "meta."])
+@pytest.mark.parametrize(
+    "section", ["", "data.", "optim.", "meta.", "phase.base.", "phase.base.rate."]
+)
 def test_an_unknown_field_is_named_with_the_known_ones(section):
     message = refusal(changed(f"{section}epoch", 3))
     assert message.startswith(f"config.{section}epoch is unknown; known: ")
@@ -152,7 +178,9 @@ def test_an_unknown_field_is_named_with_the_known_ones(section):
     assert known == sorted(expected)
 
 
-@pytest.mark.parametrize("name", ["data", "terms", "checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["data", "terms", "checkpoint", "phase", "phase.base", "options"]
+)
 def test_a_section_is_no_value(name):
     message = refusal(changed(name, 3))
     assert message.startswith(f"config.{name}=3: expected a section")
@@ -162,7 +190,7 @@ TERM_MISTAKES = [
     ("terms", {}, "config.terms={}: expected a section of loss terms, at least one"),
     ("terms.kd", 3, "config.terms.kd=3: expected a section with a weight"),
     ("terms.kd.weight", MISSING, "config.terms.kd={'temperature': 2.0}: expected"),
-    ("terms.other", {"weight": 1.0}, "config.terms.other is unknown; losses: kd, "),
+    ("terms.other", {"weight": 1.0}, "config.terms.other is unknown; losses: "),
     ("terms.kd.temprature", 2.0, "config.terms.kd.temprature is unknown; known: "),
     ("terms.kd.temperature", "2", "config.terms.kd.temperature='2': expected"),
     ("terms.kd.temperature", math.nan, "config.terms.kd.temperature=nan: expected"),
@@ -181,7 +209,7 @@ def test_mistakes_in_terms(name, value, message):
 def test_a_weight_is_a_finite_number_or_a_name(weight):
     assert refusal(changed("terms.kd.weight", weight)) == (
         f"config.terms.kd.weight={weight!r}: expected a number or "
-        "rho, 1-rho, sqrt(old/new), sqrt(seen/new)"
+        "rho, 1-rho, sqrt(old/new), sqrt(seen/new), new/old, old/new"
     )
 
 
@@ -195,6 +223,8 @@ def test_weights_of_terms():
     assert weight("sqrt(old/new)", factor=5.0) == 5 * math.sqrt(5)
     assert weight("sqrt(seen/new)", factor=3.0) == 3 * math.sqrt(6)
     assert weight("sqrt(seen/new)", 0, 50) == 1
+    assert weight("new/old") == 10 / 50 and weight("old/new", factor=2.0) == 10
+    assert weight("new/old", 0, 50) == weight("old/new", 0, 50) == 1
     for given in (2, 2.0, "2", "2.0", "2e0"):
         found = weight(given)
         assert found == 2.0 and type(found) is float
@@ -239,23 +269,6 @@ def test_a_classification_loss_may_be_chosen_without_a_prior():
     assert refusal(config).startswith("config.classification='separated_softmax_ce'")
 
 
-@pytest.mark.parametrize(
-    ("when", "prior", "epochs"),
-    [
-        ("auto", "none", 20),
-        ("auto", "balanced", 0),
-        ("auto", "meta", 0),
-        ("always", "none", 20),
-        ("always", "balanced", 20),
-        ("never", "none", 0),
-    ],
-)
-def test_balanced_priors_switch_the_fine_tuning_off(when, prior, epochs):
-    config = example()
-    config.prior, config.finetune.when, config.finetune.epochs = prior, when, 20
-    assert resolve(config).finetune.epochs == epochs
-
-
 TOGETHER = [
     ({"data.std": (0.5, 0.5)}, "data.std"),
     ({"data.loading": "streaming"}, "data.image_size"),
@@ -265,15 +278,6 @@ TOGETHER = [
     ({"data.crop_area": (0.5,)}, "data.crop_area"),
     ({"data.std": (0.5, 0.0, 0.5)}, "data.std"),
     ({"meta.minimum": 11.0}, "meta.minimum"),
-    ({"optim.milestones": (30, 20)}, "optim.milestones"),
-    ({"optim.milestones": (0, 20)}, "optim.milestones"),
-    ({"optim.base_milestones": (30, 20)}, "optim.base_milestones"),
-    ({"prior": "meta", "memory.kind": "none"}, "prior"),
-    ({"prior": "meta", "memory.per_class": 1}, "memory.per_class"),
-    ({"prior": "relaxed"}, "epsilon"),
-    ({"prior": "balanced", "terms": {"kd": {"weight": 1.0}}}, "prior"),
-    ({"finetune.milestones": (10, 5)}, "finetune.milestones"),
-    ({"finetune.when": "always", "prior": "meta"}, "finetune.when"),
     ({"method": "mine"}, "method"),
     ({"terms": {"nca": {"weight": 1.0}}}, "model.head"),
     ({"method": "lucir"}, "model.head"),
@@ -294,13 +298,8 @@ def test_fields_that_do_not_go_together(values, named):
 
 def test_what_goes_together_is_allowed():
     for values in (
-        {"prior": "meta", "memory.kind": "fixed", "memory.per_class": 0},
-        {"prior": "meta", "memory.per_class": 2},
         {"prior": "none", "memory.kind": "none"},
-        {"prior": "relaxed", "memory.kind": "none"},
-        {"prior": "relaxed", "epsilon": 1e-9},
-        {"optim.milestones": (), "data.mean": (0.5,), "data.std": (1,)},
-        {"optim.milestones": (5, 5, 1000)},  # as MultiStepLR takes them
+        {"data.mean": (0.5,), "data.std": (1,)},
     ):
         config = example()
         config.update_from_flattened_dict(values)
@@ -313,9 +312,6 @@ def test_resolve_fills_in_and_leaves_its_argument_alone():
     config = resolve(given)
     assert given.to_dict() == before
     assert config.name == "cifar100-il_baseline-none-5steps"
-    assert config.optim.base_epochs == config.optim.epochs == 250
-    assert config.optim.base_milestones == (100, 150, 200)
-    assert config.optim.base_learning_rate == 0.1
     assert resolve(config) == config and config_hash(resolve(config)) == config_hash(
         config
     )
@@ -323,19 +319,12 @@ def test_resolve_fills_in_and_leaves_its_argument_alone():
     assert resolve(given).name == "mine"
 
 
-def test_resolve_keeps_a_base_step_of_its_own():
-    given = example()
-    given.optim.base_epochs, given.optim.base_learning_rate = 30, 0.2
-    found = resolve(given).optim
-    assert (found.base_epochs, found.base_learning_rate) == (30, 0.2)
-    assert found.base_milestones == () and found.epochs == 250
-
-
 @pytest.mark.parametrize(
     ("values", "name"),
     [
         ({"prior": "balanced"}, "balanced"),
         ({"prior": "weighted", "alpha": 0.25}, "weighted0.25"),
+        ({"prior": "relaxed"}, "relaxed0.2pc"),
         ({"prior": "relaxed", "epsilon": 1.0}, "relaxed1"),
         (
             {"prior": "relaxed", "epsilon": 0.2, "epsilon_unit": "percent"},
@@ -351,6 +340,8 @@ def test_default_names(values, name):
 
 def other(value: Any) -> Any:
     """Another value of the same type."""
+    if value is None:
+        return 1.0
     if isinstance(value, bool):
         return not value
     if isinstance(value, list):
@@ -358,10 +349,18 @@ def other(value: Any) -> Any:
     return value + ("x" if isinstance(value, str) else type(value)(1))
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", VALUES)
 def test_the_hash_covers_what_can_change_results_and_nothing_else(name):
-    found = config_hash(changed(name, other(FIELDS[name])))
-    assert (found == config_hash(example())) == (name in NOT_IN_THE_HASH)
+    found = config_hash(changed(name, other(flatten(example())[name])))
+    assert (found != config_hash(example())) == VALUES[name].hashed
+
+
+def test_some_fields_whose_place_in_the_hash_is_known():
+    assert not FIELDS["name"].hashed and not FIELDS["data.corrupt"].hashed
+    assert not any(f.hashed for n, f in FIELDS.items() if n.startswith("checkpoint."))
+    assert all(field.hashed for field in PHASE.values())
+    for name in ("seed", "prior", "data.max_per_class", "model.dtype", "deterministic"):
+        assert FIELDS[name].hashed
 
 
 def test_the_hash_covers_the_terms():
@@ -388,11 +387,6 @@ def test_the_hash_does_not_depend_on_the_order_of_fields():
     assert config_hash(reversed_config) == config_hash(example())
 
 
-def test_not_hashed_names_exist():
-    fields = {*FIELDS, *(name.partition(".")[0] for name in FIELDS)}
-    assert set(NOT_HASHED) <= fields
-
-
 def test_digest_is_sha256_of_sorted_json():
     expected = hashlib.sha256(b'{"a":[1,2.5],"b":{"c":"x"}}').hexdigest()
     assert digest({"b": {"c": "x"}, "a": [1, 2.5]}) == expected
@@ -401,12 +395,13 @@ def test_digest_is_sha256_of_sorted_json():
 def test_flatten_is_json_with_dotted_names():
     flat = flatten(example())
     assert flat["terms.kd.temperature"] == 2.0
-    assert flat["optim.milestones"] == [100, 150, 200]
+    assert flat["phase.base.milestones"] == [100, 150, 200]
+    assert flat["phase.base.rate.head"] == 1.0 and flat["epsilon"] is None
     assert json.loads(json.dumps(flat)) == flat
     assert not any(isinstance(value, dict) for value in flat.values())
 
 
-ALLOWED = {"prior": "none", "steps": 5, "alpha": 1.0}
+ALLOWED = {"prior": "none", "steps": 5, "alpha": 1.0, "epsilon": None}
 
 
 @pytest.mark.parametrize("argument", [None, "", ","])
@@ -416,8 +411,10 @@ def test_no_arguments_are_the_defaults(argument):
 
 def test_arguments_take_the_type_of_their_default():
     found = parse_arguments("steps=10,alpha=2,prior=a=b", ALLOWED)
-    assert found == {"prior": "a=b", "steps": 10, "alpha": 2.0}
+    assert found == {"prior": "a=b", "steps": 10, "alpha": 2.0, "epsilon": None}
     assert type(found["alpha"]) is float and ALLOWED["steps"] == 5
+    epsilon = parse_arguments("epsilon=0", ALLOWED)["epsilon"]
+    assert epsilon == 0 and type(epsilon) is float
 
 
 @pytest.mark.parametrize(
@@ -425,11 +422,17 @@ def test_arguments_take_the_type_of_their_default():
     [
         (
             "step=1",
-            "'step=1': expected name=value with name one of prior, steps, alpha",
+            "'step=1': expected name=value with name one of prior, steps, alpha, "
+            "epsilon",
         ),
-        ("prior", "'prior': expected name=value with name one of prior, steps, alpha"),
+        (
+            "prior",
+            "'prior': expected name=value with name one of prior, steps, alpha, "
+            "epsilon",
+        ),
         ("steps=1.5", "'steps=1.5': steps is int"),
         ("alpha=x", "'alpha=x': alpha is float"),
+        ("epsilon=x", "'epsilon=x': epsilon is float"),
     ],
 )
 def test_wrong_arguments(argument, message):

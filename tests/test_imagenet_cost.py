@@ -1,13 +1,28 @@
 """The costs of ImageNet: the script runs at tiny sizes; the manual has its numbers."""
 
+import argparse
 import json
 
+import pytest
+
 from tests.runs import ROOT
-from tests.test_benchmarks import run
+from tests.test_benchmarks import load, run  # noqa: F401
 
 IMAGES = 1_281_167
+MANUAL = ROOT / "docs" / "launching.md"
 
 
+def test_sizes_of_the_manual(load):  # noqa: F811
+    cost, manual = load("imagenet_cost"), MANUAL.read_text()
+    options = argparse.Namespace(pixels=224, classes=1000, width=0)
+    for method in ("il_baseline", "podnet"):
+        config, program = cost.make_program(method, "balanced", "float32", options)
+        found = cost.sizes(config, program, options)
+        assert f"{found['parameters'] / 1e6:.1f} M" in manual
+        assert f"{found['bytes']['checkpoint'] / 2**20:.0f} MiB" in manual
+
+
+@pytest.mark.slow
 def test_imagenet_cost(tmp_path):
     output = tmp_path / "cost.json"
     flags = ["--method=il_baseline", "--prior=meta", "--dtype=float32", "--batch=2"]
@@ -22,6 +37,7 @@ def test_imagenet_cost(tmp_path):
         assert facts["checkpoints"] == (int(steps) + 3) * found["bytes"]["checkpoint"]
 
 
+@pytest.mark.slow
 def test_numbers_of_the_manual(tmp_path):
     """And the table of what hosts decode, which the manual has without numbers."""
     flags = ["--method", "il_baseline", "podnet", "--dtype=float32", "--batch"]
@@ -31,7 +47,7 @@ def test_numbers_of_the_manual(tmp_path):
         [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
         for table in text.strip().split("\n\n")
     )
-    manual = (ROOT / "docs" / "launching.md").read_text()
+    manual = MANUAL.read_text()
     for _, _, _, parameters, checkpoint, flops in costs:
         assert f"{parameters} M" in manual and f"{checkpoint} MiB" in manual
         assert f"| {flops} |" in manual

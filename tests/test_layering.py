@@ -7,12 +7,32 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "bsce_jax"
-CORE = {"losses", "models", "memory", "scenario", "log_prior", "meta_alpha"}
-CORE |= {"metrics", "nearest_mean", "norms", "errors"}
-RUN = ("experiment", "session", "training", "programs", "context", "plan", "terms")
-LIBRARIES = {"jax", "numpy", "optax", "flax", *sys.stdlib_module_names}
-COMPILED = ("state", "steps", "updates", "optim", "parallel")
-ABOVE = {"config", "experiment", "report", "checkpoint", "main"}
+PAPER = {"log_prior", "meta_alpha", "memory", "metrics", "scenario", "nearest_mean"}
+PAPER |= {"norms", "slda", "losses", "models"}
+# What each module or folder of the package may import of it, itself and `errors` always.
+ALLOWED: dict[str, set[str]] = {
+    **{name: PAPER for name in PAPER},
+    "errors": set(),
+    "telemetry": set(),
+    "checkpoints": set(),
+    "data": {"scenario"},
+    "compute": PAPER,
+    "methods": PAPER | {"compute"},
+    "config": PAPER | {"methods"},
+    "report": PAPER | {"config"},
+    "hosts": {"config", "telemetry"},
+    "run": PAPER
+    | {"methods", "compute", "config", "data", "checkpoints", "telemetry", "report"},
+    "experiment": {"run", "report", "hosts", "config", "compute", "checkpoints"},
+    "predict": {"run", "report", "compute", "checkpoints", "data"},
+    "main": {"experiment", "run", "hosts", "config"},
+    "reproduce": {"run", "report", "hosts", "config"},
+    "__init__": PAPER | {"predict"},
+}
+# `compute`, of which methods see the state alone.
+SEEN_BY_METHODS = {"compute.state"}
+LIBRARIES = {"jax", "numpy", "optax", "flax", "sklearn", "threadpoolctl"}
+LIBRARIES |= set(sys.stdlib_module_names)
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -45,51 +65,67 @@ def imports(node: ast.AST, inside_functions: bool = True) -> set[str]:
 def top(name: str) -> str:
     """The module or folder of the package that a full name belongs to, or ""."""
     package, _, rest = name.partition(".")
-    return rest.partition(".")[0] if package == ROOT.name else ""
+    if package != ROOT.name:
+        return ""
+    return rest.partition(".")[0] or "__init__"
 
 
-def test_the_core_imports_arrays_and_itself_only():
+@pytest.mark.parametrize("name", TREES)
+def test_imports_point_one_way(name):
+    own = top(name)
+    allowed = ALLOWED[own] | {own, "errors"}
+    for other in imports(TREES[name]):
+        if top(other):
+            assert top(other) in allowed, other
+
+
+def test_every_folder_has_its_rule():
+    assert {top(name) for name in TREES} == ALLOWED.keys()
+
+
+def test_the_paper_s_functions_need_arrays_only():
     for name, tree in TREES.items():
-        if top(name) in CORE:
+        if top(name) in PAPER:
             for other in imports(tree):
                 library = other.partition(".")[0]
-                assert top(other) in CORE or library in LIBRARIES, f"{name}: {other}"
-
-
-def test_compiled_functions_know_no_configuration_and_no_files():
-    for name in COMPILED:
-        others = {top(other) for other in imports(TREES[f"{ROOT.name}.{name}"])}
-        assert not others & ABOVE, name
+                assert top(other) or library in LIBRARIES, f"{name}: {other}"
 
 
 def test_methods_know_neither_the_run_nor_one_another():
-    allowed = CORE | {"methods"}
+    package = f"{ROOT.name}.methods"
     for name, tree in TREES.items():
-        if top(name) == "methods":
-            others = {other for other in imports(tree) if top(other)}
-            assert {top(other) for other in others} <= allowed, name
-            assert not any(
-                other.startswith(f"{ROOT.name}.methods.") for other in others
-            )
-
-
-def test_the_training_of_a_run_names_no_method():
-    names = {p.stem for p in (ROOT / "methods").glob("*.py")} - {"__init__"}
-    for name in (*COMPILED, *RUN, "step_result"):
-        words = set()
-        for node in ast.walk(TREES[f"{ROOT.name}.{name}"]):
-            if isinstance(node, ast.Name | ast.alias):
-                words.add(node.id if isinstance(node, ast.Name) else node.name)
-            elif isinstance(node, ast.Constant):
-                words.add(str(node.value))
-        assert not names & words, name
-
-
-def test_only_the_runner_of_many_runs_imports_main():
-    for name, tree in TREES.items():
-        if top(name) == "reproduce":
+        if not name.startswith(package):
             continue
-        assert f"{ROOT.name}.main" not in imports(tree), name
+        for other in imports(tree):
+            if other.startswith(f"{ROOT.name}.compute"):
+                assert other.removeprefix(f"{ROOT.name}.") in SEEN_BY_METHODS, name
+            assert not other.startswith(f"{package}."), name
+
+
+def words(tree: ast.AST) -> set[str]:
+    """Names and texts in a syntax tree."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.alias):
+            found.add(node.id if isinstance(node, ast.Name) else node.name)
+        elif isinstance(node, ast.Constant):
+            found.add(str(node.value))
+    return found
+
+
+def test_nothing_but_its_own_file_names_a_method():
+    names = {p.stem for p in (ROOT / "methods").glob("*.py")} - {"__init__"}
+    for name in TREES:
+        if top(name) in ("compute", "run", "experiment", "data", "checkpoints"):
+            assert not names & words(TREES[name]), name
+
+
+def test_no_module_compares_the_name_of_a_phase():
+    """Whatever a phase is called: what it does stands in its configuration."""
+    names = {"incremental", "finetune", "bias", "balanced_finetuning"}
+    for name in TREES:
+        if top(name) in ("compute", "run", "experiment", "predict", "hosts"):
+            assert not names & words(TREES[name]), name
 
 
 def test_no_circular_imports():
@@ -110,3 +146,12 @@ def test_files_are_short_and_so_are_functions(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_nothing_private_of_jax_is_imported():
+    for name, tree in TREES.items():
+        assert not any(other.startswith("jax._") for other in imports(tree)), name
+
+
+def test_the_door_is_small():
+    assert LINES[f"{ROOT.name}.main"] < 80

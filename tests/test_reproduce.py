@@ -13,14 +13,13 @@ from etils import epath
 
 from bsce_jax.errors import UserError
 from bsce_jax.hosts.workdir import lock
-from bsce_jax.report import published
-from bsce_jax.report import results as results_file
+from bsce_jax.report import published, results
 from bsce_jax.reproduce import __main__ as command
-from bsce_jax.reproduce import manifest, process, runner
+from bsce_jax.reproduce import manifest, process, runner, tables
 from bsce_jax.reproduce.tables import (
-    Cell,
     Chosen,
-    Run,
+    Job,
+    TableCell,
     by_base_step,
     configs_folder,
     cost,
@@ -28,11 +27,15 @@ from bsce_jax.reproduce.tables import (
     share,
 )
 from tests import runs
-from tests.test_report import make_results
+from tests.example_results import make_results
 
 CONFIG = """
-from bsce_jax.config import COMMON_ARGUMENTS, apply_arguments, method_module
-from bsce_jax.defaults import default_config
+from bsce_jax.config import (
+    COMMON_ARGUMENTS,
+    apply_arguments,
+    default_config,
+    method_module,
+)
 
 def get_config(argument=None):
     c = default_config()
@@ -44,8 +47,9 @@ def get_config(argument=None):
     c.memory.per_class = 3
     c.model.width = 4
     c.model.conv_chunks = 1
-    c.optim.epochs, c.optim.batch_size, c.optim.milestones = 1, 16, (1,)
-    c.optim.base_epochs, c.optim.base_milestones = 2, (1,)
+    c.optim.batch_size = 16
+    c.phase.base.epochs, c.phase.base.milestones = 2, (1,)
+    c.phase.incremental.epochs, c.phase.incremental.milestones = 1, (1,)
     c.meta.every, c.meta.batch_size = 2, 8
     return c
 """
@@ -80,35 +84,35 @@ def chosen(small, tables=("table5",), **changes) -> Chosen:
     return Chosen(**{**values, **changes})
 
 
-def test_every_chosen_cell_has_its_runs_or_a_reason(small):
+def test_every_chosen_cell_has_its_jobs_or_a_reason(small):
     found = expand(chosen(small, ("table1", "table5"), seeds=2))
-    tables = published.load()
+    paper = published.load()
     expected = [
         (key, row.key, column.key)
         for key in ("table1", "table5")
-        for row in tables[key].rows
-        for column in tables[key].columns
+        for row in paper[key].rows
+        for column in paper[key].columns
         if column.key.startswith(("cifar100", "5-", "10-"))
     ]
     assert [(c.table, c.row, c.column) for c in found] == expected
     for cell in found:
-        assert (len(cell.runs), bool(cell.missing)) in ((2, False), (0, True))
-        assert [run.seed for run in cell.runs] in ([], [0, 1])
+        assert (len(cell.jobs), bool(cell.missing)) in ((2, False), (0, True))
+        assert [job.seed for job in cell.jobs] in ([], [0, 1])
     reasons = {cell.row: cell.missing for cell in found if cell.missing}
     assert "the method icarl does not exist here yet" in reasons.values()
 
 
-def test_cells_of_one_configuration_share_their_run(small):
+def test_cells_of_one_configuration_share_their_job(small):
     found = expand(chosen(small, ("table1", "table5")))
-    by_key = {(c.table, c.row, c.column): c.runs for c in found}
-    (run,) = by_key["table5", "alpha-1.0", "5-average"]
-    assert by_key["table5", "alpha-1.0", "5-final"] == (run,)
-    assert by_key["table1", "il_baseline_balanced", "cifar100-5"] == (run,)
-    names = {r.name: r.config_hash for runs_ in by_key.values() for r in runs_}
+    by_key = {(c.table, c.row, c.column): c.jobs for c in found}
+    (job,) = by_key["table5", "alpha-1.0", "5-average"]
+    assert by_key["table5", "alpha-1.0", "5-final"] == (job,)
+    assert by_key["table1", "il_baseline_balanced", "cifar100-5"] == (job,)
+    names = {j.name: j.config_hash for jobs in by_key.values() for j in jobs}
     assert len(set(names.values())) == len(names)
     (other,) = by_key["table5", "alpha-0.5", "5-average"]
-    assert other.base_hash == run.base_hash and other.config_hash != run.config_hash
-    assert run.updates > run.base_updates > 0
+    assert other.base_hash == job.base_hash and other.config_hash != job.config_hash
+    assert job.updates > job.base_updates > 0
 
 
 def test_a_cell_whose_configuration_is_refused_says_why(small):
@@ -117,8 +121,10 @@ def test_a_cell_whose_configuration_is_refused_says_why(small):
     )
     meta = {cell.missing for cell in found if cell.row.endswith("meta")}
     assert len(meta) == 1 and "at least 2 for prior=meta" in meta.pop()
-    with pytest.raises(UserError, match=r"nothing can be run: config.optim.epochs=-1"):
-        expand(chosen(small, overrides=("--config.optim.epochs=-1",)))
+    with pytest.raises(
+        UserError, match=r"nothing can be run: config.phase.incremental.epochs=-1"
+    ):
+        expand(chosen(small, overrides=("--config.phase.incremental.epochs=-1",)))
 
 
 @pytest.mark.parametrize(
@@ -144,28 +150,28 @@ def test_a_wrong_choice_is_one_line(small, changes, message):
         expand(chosen(small, **changes))
 
 
-def fake(name: str, base: str, updates: int = 10, base_updates: int = 4) -> Run:
-    return Run(name, 0, (), f"hash of {name}", base, updates, base_updates)
+def fake(name: str, base: str, updates: int = 10, base_updates: int = 4) -> Job:
+    return Job(name, 0, (), f"hash of {name}", base, updates, base_updates)
 
 
 def test_shares_keep_base_steps_together_and_lose_nothing():
-    all_runs = [fake(f"{b}{i}", b, 10 + i) for b in "abcde" for i in range(3)]
+    jobs = [fake(f"{b}{i}", b, 10 + i) for b in "abcde" for i in range(3)]
     for count in (1, 2, 3, 5):
-        parts = [share(all_runs, i + 1, count) for i in range(count)]
-        assert sorted(r.name for part in parts for r in part) == sorted(
-            r.name for r in all_runs
+        parts = [share(jobs, i + 1, count) for i in range(count)]
+        assert sorted(j.name for part in parts for j in part) == sorted(
+            j.name for j in jobs
         )
-        bases = [{r.base_hash for r in part} for part in parts]
+        bases = [{j.base_hash for j in part} for part in parts]
         assert sum(map(len, bases)) == 5  # no base step in two parts
-        assert max(map(load, parts)) - min(map(load, parts)) <= load(all_runs) / 5
+        assert max(map(load, parts)) - min(map(load, parts)) <= load(jobs) / 5
 
 
 def test_a_base_step_with_more_runs_than_a_share_is_cut():
     """Four runs of 96 updates and a base step of 4, beside one small run."""
     large = [fake(f"a{i}", "a", 100) for i in range(4)]
-    all_runs = [*large, fake("b0", "b", 14)]
-    parts = [share(all_runs, i + 1, 4) for i in range(4)]
-    assert sorted(r.name for p in parts for r in p) == ["a0", "a1", "a2", "a3", "b0"]
+    jobs = [*large, fake("b0", "b", 14)]
+    parts = [share(jobs, i + 1, 4) for i in range(4)]
+    assert sorted(j.name for p in parts for j in p) == ["a0", "a1", "a2", "a3", "b0"]
     assert sorted(map(load, parts)) == [100, 100, 100, 114]
     weighed = [fake("a", "a", 100), *(fake(f"b{i}", f"b{i}", 10) for i in range(3))]
     wide = dataclasses.replace(weighed[1], pixels=10)
@@ -197,10 +203,10 @@ SCRIPT = """
     if behaviour == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "patient":
-        signal.signal(signal.SIGTERM, lambda *_: (time.sleep(2), sys.exit(143)))
+        signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(143)))
+        (workdir / "listens").touch()
         time.sleep(100)
-    if behaviour == "slow" and not (workdir / "begun").exists():
-        (workdir / "begun").touch()
+    if behaviour == "slow":
         time.sleep(100)
     (workdir / "checkpoints" / "4").mkdir(parents=True)
     (workdir / "results.json").write_text((workdir.parent.parent / workdir.name)
@@ -216,24 +222,24 @@ def scripted(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "GRACE", 1.0)
     monkeypatch.setattr(runner, "LOOK_SECONDS", 0.1)
 
-    def make(all_runs, behaviours=None, jobs=1):
+    def make(jobs, behaviours=None, at_once=1):
         behaviours = behaviours or {}
-        for run in all_runs:
-            results = make_results() | {
-                "config_hash": run.config_hash,
-                "base_hash": run.base_hash,
+        for job in jobs:
+            made = make_results() | {
+                "config_hash": job.config_hash,
+                "base_hash": job.base_hash,
             }
-            (tmp_path / run.name).write_text(json.dumps(results))
+            (tmp_path / job.name).write_text(json.dumps(made))
 
-        def of(run, workdir, base):
-            arguments = [workdir, behaviours.get(run.name, "work")]
+        def of(job, workdir, base):
+            arguments = [workdir, behaviours.get(job.name, "work")]
             return [sys.executable, str(script), *arguments, *([base] if base else [])]
 
-        monkeypatch.setattr(tables_module, "command", of)
+        monkeypatch.setattr(tables, "command", of)
         (tmp_path / "runs").mkdir(exist_ok=True)
         shown, states = [], []
         made = runner.Runner(
-            all_runs, tmp_path, jobs, shown.append, lambda s, _: states.append(dict(s))
+            jobs, tmp_path, at_once, shown.append, lambda s, _: states.append(dict(s))
         )
         return made, shown, states
 
@@ -245,12 +251,12 @@ def order(folder: pathlib.Path) -> list[str]:
 
 
 def test_a_base_step_is_trained_once_and_done_runs_are_skipped(scripted, tmp_path):
-    all_runs = [fake("a0", "a"), fake("a1", "a"), fake("b0", "b"), fake("a2", "a")]
-    made, shown, states = scripted(all_runs[:2], jobs=2)
+    jobs = [fake("a0", "a"), fake("a1", "a"), fake("b0", "b"), fake("a2", "a")]
+    made, shown, states = scripted(jobs[:2], at_once=2)
     made.work(float("inf"), lambda: False)
     assert order(tmp_path) == ["a0", "a1 a0"]  # a1 waited, although there was room
     assert states[-1] == {"a0": "done", "a1": "done"}
-    made, _, states = scripted(all_runs, jobs=1)
+    made, _, states = scripted(jobs, at_once=1)
     assert made.states["a0"] == "done"
     made.work(float("inf"), lambda: False)
     assert order(tmp_path)[2:] == ["b0", "a2 a0"]
@@ -259,12 +265,12 @@ def test_a_base_step_is_trained_once_and_done_runs_are_skipped(scripted, tmp_pat
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(scripted, tmp_path):
-    all_runs = [fake("a0", "a"), fake("a1", "a")]
-    made, shown, _ = scripted(all_runs, {"a0": "fail"})
+    jobs = [fake("a0", "a"), fake("a1", "a")]
+    made, shown, _ = scripted(jobs, {"a0": "fail"})
     made.work(float("inf"), lambda: False)
     assert made.states == {"a0": "failed", "a1": "done"}
     assert any("a0: failed, out of cheese" in line for line in shown)
-    made, _, _ = scripted(all_runs)  # called again, it is tried again
+    made, _, _ = scripted(jobs)  # called again, it is tried again
     made.work(float("inf"), lambda: False)
     assert made.states == {"a0": "done", "a1": "done"}
     assert order(tmp_path)[-1] == "a0 a1"
@@ -278,14 +284,22 @@ def test_a_killed_run_has_failed_and_is_not_started_again(scripted, tmp_path):
     assert any("killed by SIGKILL (out of memory?)" in line for line in shown)
 
 
-def test_all_runs_are_told_to_end_before_the_first_is_waited_for(scripted, monkeypatch):
+def test_all_runs_are_told_to_end_before_the_first_is_waited_for(
+    scripted, monkeypatch, tmp_path
+):
     monkeypatch.setattr(runner, "GRACE", 20.0)
-    all_runs = [fake(f"{b}0", b) for b in "abc"]
-    behaviours = {run.name: "patient" for run in all_runs}
-    made, *_ = scripted(all_runs, behaviours, jobs=3)
-    began = time.monotonic()
-    made.work(began + 3, lambda: False)
-    assert time.monotonic() - began < 3 + 2 * 3  # not three times as long
+    jobs = [fake(f"{b}0", b) for b in "abc"]
+    behaviours = {job.name: "patient" for job in jobs}
+    made, *_ = scripted(jobs, behaviours, at_once=3)
+    told = []
+
+    def all_listen() -> bool:
+        if len(list((tmp_path / "runs").glob("*/listens"))) == 3:
+            told.append(time.monotonic())
+        return bool(told)
+
+    made.work(float("inf"), all_listen)
+    assert 1 <= time.monotonic() - told[0] < 3  # each takes a second
     assert set(made.states.values()) == {"to do"}
 
 
@@ -295,7 +309,7 @@ def test_a_workdir_that_another_process_has_is_waited_for(scripted, tmp_path):
     folder = tmp_path / "runs" / "a0"
     folder.mkdir()
     with lock(epath.Path(folder)):
-        made.work(time.monotonic() + 2.5, lambda: False)
+        made.work(time.monotonic() + 0.5, lambda: False)
         assert made.states == {"a0": "elsewhere", "a1": "to do"}
     assert "a0: runs in another process" in shown and not (tmp_path / "order").exists()
     made.work(float("inf"), lambda: False)
@@ -304,40 +318,40 @@ def test_a_workdir_that_another_process_has_is_waited_for(scripted, tmp_path):
 
 
 def test_at_the_limit_runs_are_asked_to_end_and_continue_later(scripted, tmp_path):
-    all_runs = [fake("a0", "a"), fake("a1", "a")]
-    made, _, states = scripted(all_runs, {"a0": "slow"})
-    made.work(time.monotonic() + 2.5, lambda: False)
+    jobs = [fake("a0", "a"), fake("a1", "a")]
+    made, _, states = scripted(jobs, {"a0": "slow"})
+    made.work(time.monotonic() + 0.5, lambda: False)
     assert states[-1] == {"a0": "to do", "a1": "to do"}
-    made, _, states = scripted(all_runs, {"a0": "slow"})
+    made, _, states = scripted(jobs)
     made.work(float("inf"), lambda: False)
     assert states[-1] == {"a0": "done", "a1": "done"}
 
 
 def test_progress_counts_a_shared_base_step_once(scripted, tmp_path):
-    all_runs = [fake("a0", "a", 10, 4), fake("a1", "a", 12, 4), fake("b0", "b", 5, 1)]
-    made, *_ = scripted(all_runs)
+    jobs = [fake("a0", "a", 10, 4), fake("a1", "a", 12, 4), fake("b0", "b", 5, 1)]
+    made, *_ = scripted(jobs)
     assert made.progress().startswith("0/3 runs, 0.0 %")
-    made, *_ = scripted(all_runs[:1])
+    made, *_ = scripted(jobs[:1])
     made.work(float("inf"), lambda: False)
-    made, *_ = scripted(all_runs)
+    made, *_ = scripted(jobs)
     assert made.progress().startswith(f"1/3 runs, {100 * 10 / 23:.1f} %")
 
 
 def test_a_run_of_another_configuration_in_the_way_is_refused(scripted, tmp_path):
     made, *_ = scripted([fake("a0", "a")])
     made.work(float("inf"), lambda: False)
-    other = Run("a0", 0, (), "another hash", "a", 10, 4)
+    other = Job("a0", 0, (), "another hash", "a", 10, 4)
     with pytest.raises(UserError, match="a run of another configuration"):
         scripted([other])
 
 
 def test_time_left_is_that_of_what_this_call_has_done(scripted, tmp_path):
     """A run that goes on at 80 of 100 updates has not done 80 in this call."""
-    run = fake("a0", "a", 100, 10)
+    job = fake("a0", "a", 100, 10)
     (tmp_path / "logs").mkdir()
     (tmp_path / "runs" / "a0" / "checkpoints").mkdir(parents=True)
     (tmp_path / "logs" / "a0.log").write_text("step 3/5, 80/100 updates\n")
-    made, shown, _ = scripted([run, fake("b0", "b", 100, 10)], {"a0": "two"})
+    made, shown, _ = scripted([job, fake("b0", "b", 100, 10)], {"a0": "two"})
     assert made.progress() == "0/2 runs, 40.0 %"
     made.work(float("inf"), lambda: False)
     made._began = time.monotonic() - 3600  # an hour for 5 updates; 112 are left
@@ -353,7 +367,7 @@ ROWS = {"a": "il_baseline", "b": "lucir", "c": "podnet", "d": "il_baseline_meta"
 
 def listed(folder, *names: str, protocol="full", **states):
     found = [
-        Cell("table1", ROWS.get(name, name), "cifar100-5", "", (fake(name, "a"),))
+        TableCell("table1", ROWS.get(name, name), "cifar100-5", "", (fake(name, "a"),))
         for name in names
     ]
     manifest.write(folder, protocol, found, states)
@@ -413,16 +427,16 @@ def arguments(small, output, *more: str) -> list[str]:
 def test_a_table_is_run_reported_and_not_run_again(small, tmp_path, capsys):
     """End to end, with real runs; the second takes over the first one's base step."""
     assert command.main(arguments(small, tmp_path)) == 0
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["protocol"].startswith("reduced: ")
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    assert written["protocol"].startswith("reduced: ")
     workdirs = sorted((tmp_path / "runs").iterdir())
-    found = [results_file.read(workdir) for workdir in workdirs]
+    found = [results.read(workdir) for workdir in workdirs]
     assert len(found) == 2 and {r["status"] for r in found} == {"done"}
     assert found[0]["base_hash"] == found[1]["base_hash"]
     compiled = [r["steps"][-1]["telemetry"]["compiles"] for r in found]
     assert sum("base_update" in counts for counts in compiled) == 1
     assert str(tmp_path) not in json.dumps([r["config"] for r in found])
-    statuses = [run["status"] for cell in manifest["cells"] for run in cell["runs"]]
+    statuses = [run["status"] for cell in written["cells"] for run in cell["runs"]]
     assert statuses == ["done"] * 4
     for name in ("report.html", "report.md", "report.csv"):
         assert (tmp_path / name).stat().st_size > 100
@@ -446,7 +460,7 @@ def test_a_dry_run_prints_commands_that_are_valid(small, tmp_path, capsys):
         (["--shard=3/2"], "--shard '3/2': expected I/N"),
         (["--shard=x"], "--shard 'x'"),
         (["--file", "cifar100"], "--file cifar100: expected NAME=OTHER"),
-        (["--config.optim.epoch=1"], "epoch"),
+        (["--config.phase.incremental.epoch=1"], "epoch"),
         (["--file", f"cifar100={'small'}", "table9=x"], "--file 'table9' of table5"),
     ],
 )
@@ -490,11 +504,11 @@ def test_a_relative_data_dir_is_one_of_the_callers_folder(monkeypatch, tmp_path)
         ([], "full"),
         (["--config.log_seconds=60", "--config.checkpoint.minutes=5.0"], "full"),
         (["--config.deterministic=True", "--config.parallel=pmap"], "full"),
-        (["--config.optim.epochs=9"], "reduced: optim.epochs=9"),
+        (["--config.phase.base.epochs=9"], "reduced: phase.base.epochs=9"),
         (
-            ["--file", "cifar100=digits", "--config.optim.milestones=(10, 20)"],
+            ["--file", "cifar100=digits", "--config.phase.base.milestones=(10, 20)"],
             "reduced: configs/digits.py for configs/cifar100.py; "
-            "optim.milestones=(10, 20)",
+            "phase.base.milestones=(10, 20)",
         ),
     ],
 )

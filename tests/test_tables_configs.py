@@ -8,13 +8,13 @@ import types
 import pytest
 from ml_collections import ConfigDict
 
-from bsce_jax.config.fields import default_config
+from bsce_jax.config.fields import FIELDS, PHASE
+from bsce_jax.config.flags import parse
 from bsce_jax.config.hashes import config_hash, flatten
+from bsce_jax.config.priors import epsilon_count
 from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
-from bsce_jax.main import parse
 from bsce_jax.report import published
-from bsce_jax.run.context import epsilon_count
 
 CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 PUBLISHED = published.load()
@@ -22,20 +22,30 @@ ARGUMENTS = ("method", "prior", "steps", "memory", "seed", "alpha", "epsilon")
 METHODS = ("il_baseline", "lucir", "podnet")
 # Table 6: what each way to mitigate the imbalance sets.
 MITIGATIONS = {
-    "memory_oversampling": {"sampling": "memory"},
-    "class_oversampling": {"sampling": "class"},
+    "memory_oversampling": {"phase.incremental.sampling": "memory"},
+    "class_oversampling": {"phase.incremental.sampling": "class"},
     "loss_rescaling": {"terms.softmax_ce.rescale": True},
     "balanced_finetuning": {
-        "finetune.epochs": 20,
-        "finetune.learning_rate": 0.01,
-        "finetune.milestones": [10],
-        "finetune.trainable": "head",
+        "phase.finetune.images": "exemplars",
+        "phase.finetune.epochs": 20,
+        "phase.finetune.learning_rate": 0.01,
+        "phase.finetune.milestones": [10],
+        "phase.finetune.rate.head": 1.0,
+        "phase.finetune.rate.scale": 0.0,
+        "phase.finetune.rate.convolutions": 0.0,
+        "phase.finetune.rate.batch_norms": 0.0,
+        "phase.finetune.batch_norm": "eval",
     },
     "separated_softmax": {
         "classification": "separated_softmax_ce",
-        "sampling": "memory",
+        "phase.incremental.sampling": "memory",
     },
 }
+HAS_FINETUNING = {("lucir", "imagenet")}
+HAS_FINETUNING |= {("podnet", name) for name in ("cifar100", "imagenet_subset")}
+HAS_FINETUNING |= {("podnet", "imagenet")}
+# The phases of all methods here.
+PHASES = ("base", "incremental", "finetune")
 
 
 @functools.cache
@@ -100,7 +110,7 @@ def test_the_rows_without_a_method_are_those_reported_but_for_two_classifiers():
 
 
 def test_the_arguments_and_fields_of_every_cell_have_known_names():
-    fields = flatten(default_config())
+    fields = {*FIELDS, *(f"phase.{phase}.{n}" for phase in PHASES for n in PHASE)}
     for table, row, column in CELLS:
         stem, given = cell(table, row, column)
         assert stem in ("cifar100", "imagenet_subset", "imagenet")
@@ -144,6 +154,13 @@ def memory(table: str, column: str) -> dict[str, object]:
     return {"memory.kind": "growing", "memory.per_class": number}
 
 
+def finetuning(table: str, row: str, name: str) -> int:
+    """Epochs of the methods' own fine-tuning: without a prior only."""
+    if prior(table, row) != "none" or row == "lucir_without_finetuning":
+        return 0
+    return 20 if (method(row), name) in HAS_FINETUNING else 0
+
+
 def expected(table: str, row: str, column: str) -> dict[str, object]:
     """The main facts of a run, told from the keys of its cell alone."""
     name, _, _ = column.rpartition("-")
@@ -157,12 +174,15 @@ def expected(table: str, row: str, column: str) -> dict[str, object]:
         "prior": prior(table, row),
         "scenario.base_classes": 0 if table == "table2" else base_classes,
         "scenario.steps": steps(table, column),
-        "optim.epochs": epochs or (160 if small else 90),
+        "phase.base.epochs": epochs or (160 if small else 90),
+        "phase.incremental.epochs": epochs or (160 if small else 90),
         **memory(table, column),
         **MITIGATIONS.get(row, {}),
     }
     if small:
         facts["data.name"] = "cifar100"
+    if row != "balanced_finetuning":
+        facts["phase.finetune.epochs"] = finetuning(table, row, name)
     if facts["prior"] == "weighted":
         facts["alpha"] = float(row.removeprefix("alpha-"))
     return facts

@@ -1,9 +1,12 @@
 """Optimisers and schedules, with PyTorch's semantics."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -16,18 +19,80 @@ AUXILIARY = "auxiliary"
 
 
 def sgd(
-    momentum: float, weight_decay: float, clip: float = 0.0
-) -> optax.GradientTransformation:
+    momentum: float, weight_decay: float, clip: float = 0.0, decayed: str = "all"
+) -> optax.GradientTransformationExtraArgs:
     """SGD with momentum and coupled L2 as PyTorch's, without the learning rate.
 
-    g <- g + weight_decay * p; m <- momentum * m + g; the step is then -lr * m, with
-    lr given to `apply` because it is a traced value. With a `clip` above 0 every entry
-    of the gradient is first brought into [-clip, clip] (PODNet).
+    g <- g + decay * weight_decay * p; m <- momentum * m + g; the step is then -lr * m.
+    lr is given to `apply`, and the factor `decay` to `update`, because they are traced
+    values. With a `clip` above 0 every entry of the gradient is first brought into
+    [-clip, clip] (PODNet).
+
+    Args:
+      momentum: of the gradient.
+      weight_decay: coupled, on what `decayed` names but never on a method's own.
+      clip: see above; 0 = no limit.
+      decayed: "all", or "kernels": parameters with more than one axis.
     """
     limits = [optax.clip(clip)] if clip else []
-    return optax.chain(
-        *limits, optax.add_decayed_weights(weight_decay), optax.trace(decay=momentum)
+    return optax.with_extra_args_support(
+        optax.chain(
+            *limits, _decayed_weights(weight_decay, decayed), optax.trace(momentum)
+        )
     )
+
+
+def _decayed_weights(
+    weight_decay: float, decayed: str
+) -> optax.GradientTransformationExtraArgs:
+    """g + decay * weight_decay * p where it applies."""
+
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree, *, decay: jax.Array, **_: Any
+    ) -> tuple[PyTree, PyTree]:
+        def leaf(path: tuple, g: jax.Array, p: jax.Array) -> jax.Array:
+            if group(path) == "own" or (decayed == "kernels" and p.ndim < 2):
+                return g
+            return g + jnp.asarray(weight_decay * decay, p.dtype) * p
+
+        return jax.tree_util.tree_map_with_path(leaf, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(
+        lambda params: optax.EmptyState(), update
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """How strong the noise on the gradient is: see `optim.noise` in the fields."""
+
+    scale: float
+    epochs: int
+
+    def deviation(self, epoch: jax.Array) -> jax.Array:
+        """Of the summed gradient, [] float32, in an epoch counted from 0."""
+        number = 1 + epoch // self.epochs
+        return self.scale / (1 + number).astype(jnp.float32) ** 0.55
+
+
+def noise(key: jax.Array, gradient: PyTree, deviation: jax.Array) -> PyTree:
+    """The gradient with normal noise, the same on every device.
+
+    Args:
+      key: of the update.
+      gradient: of the parameters; a method's own get no noise.
+      deviation: [] of the noise of every entry.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(gradient)
+    noisy = [
+        leaf
+        if group(path) == "own"
+        else leaf
+        + deviation
+        * jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
+        for i, (path, leaf) in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(gradient), noisy)
 
 
 def alpha_optimizer(name: str, learning_rate: float) -> optax.GradientTransformation:

@@ -61,6 +61,7 @@ class StepContext(struct.PyTreeNode):
       weights: term name -> [] float32.
       update_scale: like params, broadcastable leaves: 0 freezes, 1 trains.
       teacher: an earlier network, or None.
+      decay: [] float32, factor of the weight decay.
     """
 
     log_prior: Array
@@ -72,6 +73,7 @@ class StepContext(struct.PyTreeNode):
     weights: dict[str, Array]
     update_scale: PyTree
     teacher: Network | None
+    decay: Array = 1.0
 
 
 class Batch(struct.PyTreeNode):

@@ -75,17 +75,19 @@ class Program:
       meta: how alpha is learned, if it is.
       frozen: groups of parameters (see `optim.group`) without a gradient.
       batch_norm: "train", batch statistics move the running ones, or "eval".
+      noise: on the gradient, if there is any.
     """
 
     model: nn.Module
     terms: tuple[Term, ...]
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     train_images: Callable[..., Array]
     test_images: Callable[..., Array]
     forward: Forward = plain
     meta: Meta | None = None
     frozen: frozenset[str] = frozenset()
     batch_norm: str = "train"
+    noise: optim.Noise | None = None
 
 
 def _share(values: Array, weights: Array, axis_name: str | None) -> Array:
@@ -193,6 +195,7 @@ def train_step(
     context: StepContext,
     batch: Batch,
     learning_rate: Array,
+    noise: tuple[Array, Array] | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One update of the network on one batch.
 
@@ -202,6 +205,7 @@ def train_step(
       context: the constants of the step's phase.
       batch: with an axis name this device's rows, else the global batch.
       learning_rate: [] float32.
+      noise: random key and standard deviation, [], of noise on the summed gradient.
 
     Returns:
       The new state, and the global "loss", "correct" and "images" ([] float32).
@@ -220,7 +224,13 @@ def train_step(
         loss, has_aux=True
     )(params)
     gradient = total_over_devices(gradient, batch.axis_name)
-    direction, opt_state = program.optimizer.update(gradient, state.opt_state, params)
+    images = total_over_devices(jnp.sum(batch.valid), batch.axis_name)
+    if noise is not None:
+        key, deviation = noise
+        gradient = optim.noise(key, gradient, deviation / jnp.maximum(images, 1))
+    direction, opt_state = program.optimizer.update(
+        gradient, state.opt_state, params, decay=context.decay
+    )
     params = optim.apply(params, direction, learning_rate, context.update_scale)
     sums = {
         "loss": value,

@@ -51,9 +51,8 @@ def _loop(program: Program) -> Callable:
             state, metrics = carry
             key = _key(schedule, u, 0)
             batch = fetch(program, data, rows, u, key, axis_name)
-            state, new = train_step(
-                program, state, context, batch, schedule.learning_rate[u]
-            )
+            rate, noise = schedule.learning_rate[u], _noise(program, schedule, u)
+            state, new = train_step(program, state, context, batch, rate, noise)
             new["alpha"] = state.alpha
             return state, {
                 k: metrics[k].at[u].set(new[k].astype(metrics[k].dtype))
@@ -150,6 +149,16 @@ def _key(schedule: Schedule, update: Array | int, purpose: int) -> Array:
     for number in (schedule.step, schedule.epoch, schedule.update):
         key = jax.random.fold_in(key, number[update])
     return jax.random.fold_in(key, purpose)
+
+
+def _noise(
+    program: Program, schedule: Schedule, update: Array | int
+) -> tuple[Array, Array] | None:
+    """Key and deviation of the noise on the summed gradient of an update."""
+    if program.noise is None:
+        return None
+    deviation = program.noise.deviation(schedule.epoch[update])
+    return _key(schedule, update, 2), deviation
 
 
 def _no_metrics(updates: int, state: TrainState) -> dict[str, Array]:

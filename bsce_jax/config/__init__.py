@@ -9,6 +9,7 @@ from bsce_jax.config.files import (
     apply_arguments,
     large_images,
     method_module,
+    parse_arguments,
 )
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "large_images",
     "method_module",
     "only",
+    "parse_arguments",
     "phase",
 ]

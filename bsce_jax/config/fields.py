@@ -145,6 +145,13 @@ PHASE = {
         "every class. Log-priors count the training set whatever is drawn from it.",
         choices=("uniform", "memory", "class"),
     ),
+    "replay": Field(
+        0,
+        "Exemplars in each batch of an incremental step, beside optim.batch_size new "
+        "images (SS-IL); an epoch is then a pass over the new images. 0: exemplars are "
+        "images like the others.",
+        least=0,
+    ),
     "terms": Field(
         {},
         "Nothing: all of `terms`; else name -> weight, a number or a named one: only "

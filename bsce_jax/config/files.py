@@ -116,7 +116,9 @@ def method_module(config_file: str, method: str) -> ModuleType:
     Raises:
       UserError: there is no such file.
     """
-    folder = pathlib.Path(config_file).resolve().parent / "methods"
+    folder = pathlib.Path(config_file).resolve().parent
+    if folder.name != "methods":  # else one of the methods builds on another
+        folder /= "methods"
     path = folder / f"{method}.py"
     known = sorted(p.stem for p in folder.glob("*.py"))
     if method not in known:

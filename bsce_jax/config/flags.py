@@ -79,8 +79,5 @@ def _one_line(error: Exception) -> str:
 
 def help_text() -> str:
     """Usage, the flags, and every field of the configuration."""
-    known = [
-        page.entry(f"--{name}", page.shown(default), "", text)
-        for _, name, default, text in FLAGS
-    ]
+    known = [page.entry(f"--{name}", default, text) for _, name, default, text in FLAGS]
     return "\n".join([_USAGE, "Flags:", *known, "", page.field_list()])

@@ -83,14 +83,12 @@ def allowed(field: Field) -> str:
     return ", ".join([kind(field.default), *bounds])
 
 
-def entry(name: str, default: str, may_be: str, means: str) -> str:
+def entry(name: str, default: Any, means: str, may_be: str = "") -> str:
     """A field or flag of --help, folded."""
-    first = f"  {name} = {default}" + (f"  ({may_be})" if may_be else "")
-    return (
-        first
-        + "\n"
-        + textwrap.fill(means, 88, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    )
+    text = f"{means} ({may_be})" if may_be else means
+    indent = " " * 6
+    body = textwrap.fill(text, 88, initial_indent=indent, subsequent_indent=indent)
+    return f"  {name} = {shown(default)}\n{body}"
 
 
 def field_list() -> str:
@@ -98,7 +96,7 @@ def field_list() -> str:
 
     def entries(prefix: str, fields: Iterable[tuple[str, Field]]) -> list[str]:
         return [
-            entry(prefix + name, shown(field.default), allowed(field), field.means)
+            entry(prefix + name, field.default, field.means, allowed(field))
             for name, field in fields
         ]
 

@@ -151,7 +151,8 @@ def _check_phases(config: ConfigDict) -> None:
         raise field_error("phases", names, "names of letters, digits and _")
     base = [name for name in names if sections[name].steps == "base"]
     if list(names[: len(base)]) != base:
-        raise field_error("phases", names, f"first those of the base step: {base}")
+        allowed = f"first those of the base step: {', '.join(base)}"
+        raise field_error("phases", names, allowed)
     if not any(_exists(sections[name], config.prior) for name in base):
         allowed = "a phase with steps=base and epochs of at least 1"
         raise field_error("phases", names, allowed)

@@ -122,7 +122,10 @@ MEMORY = {
     "per_class": Field(20, "growing: exemplars of a class.", least=0),
     "budget": Field(2000, "fixed: exemplars of all classes together.", least=0),
     "selection": Field(
-        "herding", "How exemplars are chosen.", choices=("herding", "random")
+        "herding",
+        "How exemplars are chosen; herding_raw: on features of any length (BiC); "
+        "first: the first images of each class (SS-IL).",
+        choices=("herding", "herding_raw", "random", "first"),
     ),
 }
 
@@ -185,6 +188,30 @@ OPTIM = {
     "momentum": Field(0.9, "Momentum of SGD.", least=0, most=1, base=True),
     "weight_decay": Field(
         2e-4, "Coupled (L2), on every parameter that trains.", least=0, base=True
+    ),
+    "weight_decay_by_step": Field(
+        "constant",
+        "1/step: the weight decay is divided by the number of the step, counted from 1 "
+        "(BiC).",
+        choices=("constant", "1/step"),
+        base=True,
+    ),
+    "decayed": Field(
+        "all",
+        "What decays: all parameters of the network, or its kernels (iCaRL), which are "
+        "neither biases nor BatchNorm's; what a method trains besides never does.",
+        choices=("all", "kernels"),
+        base=True,
+    ),
+    "noise": Field(
+        0.0,
+        "Noise on the gradient (EEIL): in epoch e its standard deviation is noise / (1 "
+        "+ e)^0.55 over the images of a batch; 0 = none.",
+        least=0,
+        base=True,
+    ),
+    "noise_epochs": Field(
+        1, "Passes that count as one epoch of the noise.", least=1, base=True
     ),
     "clip": Field(
         0.0,

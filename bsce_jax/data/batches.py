@@ -202,6 +202,65 @@ class Cycled:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Replayed:
+    """New images, and beside them in every batch a fixed number of exemplars (SS-IL).
+
+    An epoch is a pass over the new images, without a last batch that is not full. The
+    exemplars come in reshuffled passes of their own, without end (`cycled_rows`).
+
+    Attributes:
+      indices: int [N], the new images.
+      exemplars: int [M], M > 0.
+      new, old: how many of each a batch has; the new ones come first.
+      epochs, seed, step, first_epoch: as in `Shuffled`.
+    """
+
+    indices: np.ndarray
+    exemplars: np.ndarray
+    new: int
+    old: int
+    epochs: int
+    seed: int
+    step: int
+    first_epoch: int = 0
+
+    @property
+    def size(self) -> int:
+        """Rows of every batch."""
+        return self.new + self.old
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches of an epoch; one, not full, where there are too few new images."""
+        return max(1, len(self.indices) // self.new)
+
+    def __len__(self) -> int:
+        """Batches of all epochs."""
+        return self.epochs * self.per_epoch
+
+    def __getitem__(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of one update."""
+        epoch, first = divmod(batch, self.per_epoch)
+        order = epoch_order(
+            self.seed, self.step, self.first_epoch + epoch, len(self.indices)
+        )
+        chosen = self.indices[order[first * self.new : (first + 1) * self.new]]
+        found = np.zeros(self.size, np.int32)
+        valid = np.ones(self.size, np.float32)
+        found[: len(chosen)] = chosen
+        valid[len(chosen) : self.new] = 0
+        found[self.new :] = cycled_rows(
+            self.exemplars, self.old, batch, seed=self.seed, step=self.step
+        )
+        return found, valid
+
+    def key(self, batch: int) -> tuple[int, ...]:
+        """Seed, step, epoch and update in it."""
+        epoch, update = divmod(batch, self.per_epoch)
+        return self.seed, self.step, self.first_epoch + epoch, update, TRAINING
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class InOrder:
     """Images one after another, for evaluation and features."""
 

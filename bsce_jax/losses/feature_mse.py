@@ -32,7 +32,7 @@ def feature_mse(features: jax.Array, teacher_features: jax.Array) -> jax.Array:
         return normalise(vectors.astype(jnp.result_type(vectors, jnp.float32)))
 
     target = jax.lax.stop_gradient(direction(teacher_features))
-    # Exactly 0 for equal vectors, unlike the form with the cosine.
+    # For vectors nearly equal the form with the cosine would lose half of the digits.
     return jnp.sum(jnp.square(direction(features) - target), axis=-1)
 
 

@@ -55,8 +55,6 @@ def write(output: epath.PathLike) -> None:
     Raises:
       UserError: there is no valid manifest, or a file cannot be written.
     """
-    from bsce_jax.config.fields import default_config
-    from bsce_jax.config.hashes import flatten
     from bsce_jax.report import published
 
     folder = epath.Path(output)
@@ -72,7 +70,7 @@ def write(output: epath.PathLike) -> None:
     for run in [run for cell in manifest["cells"] for run in cell["runs"]]:
         if run["workdir"] in broken:
             run["status"] = "unreadable results"
-    page = render(manifest, found, published.load(), flatten(default_config()))
+    page = render(manifest, found, published.load(), _defaults(found))
     for name, text in zip(("html", "md", "csv"), page, strict=True):
         results.replace(folder / f"report.{name}", text, shared=True)
 
@@ -106,6 +104,20 @@ def render(
         page_text.markdown(report, shown, defaults),
         page_text.csv_table(report),
     )
+
+
+def _defaults(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of a configuration's fields; of each phase that a run has, those of a phase."""
+    from bsce_jax.config.fields import default_config, phase
+    from bsce_jax.config.hashes import flatten
+
+    defaults, of_phase = flatten(default_config()), flatten(phase())
+    for name in {name for run in found.values() for name in run["config"]}:
+        section, _, rest = name.partition(".")
+        field = rest.partition(".")[2]
+        if section == "phase" and field in of_phase:
+            defaults.setdefault(name, of_phase[field])
+    return defaults
 
 
 def _manifest(path: epath.Path) -> Any:

@@ -56,7 +56,6 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 9,
     "legend.edgecolor": "none",
     "figure.dpi": 160,
-    "savefig.dpi": 160,
     "text.parse_math": False,  # a "$" in a name is only a character
 }
 

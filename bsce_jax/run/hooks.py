@@ -103,18 +103,22 @@ def _choose(
     Fewer where images are skipped and too few are left.
     """
     config, step = run.config, progress.step
+    if config.memory.selection == "first":
+        return [indices[:count] for indices in new]
     if config.memory.selection == "random":
         rng = np.random.default_rng([config.seed, step, _EXEMPLARS])
         return [i[memory.random_ranking(len(i), count, rng)] for i in new]
     # One compiled size: the largest class, and the most exemplars of the experiment.
     longest = int(run.dataset.images_per_class.max())
     most = progress.ranking.shape[1]
+    normalise = config.memory.selection == "herding"
     inference = run.inference(run.train, progress.state.network, step)
     chosen = []
     for indices, found in evaluate.features_by_group(inference, new):
         padded = np.zeros((longest, found.shape[1]), np.float32)
         padded[: len(found)] = found
-        order = memory.herd_padded(padded, np.arange(longest) < len(found), most)
+        valid = np.arange(longest) < len(found)
+        order = memory.herd_padded(padded, valid, most, normalise)
         ranked = np.asarray(order)[:count]
         chosen.append(indices[ranked[ranked >= 0]])
     return chosen

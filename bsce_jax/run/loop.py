@@ -61,9 +61,20 @@ class Training:
     held_out_batch_size: int = 0
 
     @property
-    def training_batches(self) -> batches.Shuffled:
+    def training_batches(self) -> batches.Shuffled | batches.Replayed:
         """The training batches, one an update."""
         data, phase = self.data, self.data.phase
+        if len(data.replayed):
+            return batches.Replayed(
+                data.train,
+                data.replayed,
+                self.batch_size,
+                phase.replay,
+                phase.epochs,
+                self.seed,
+                data.step,
+                phase.first_epoch,
+            )
         return batches.Shuffled(
             data.train,
             self.batch_size,

@@ -30,6 +30,7 @@ class Phase:
       rates: the learning rate of each epoch, before `by_step`.
       by_step: "constant" or "1/step".
       sampling: "uniform", "memory" or "class".
+      replay: exemplars of each batch beside the new images, or 0.
       teacher: "before", "now" or "none".
       rows: "seen" or "new", rows of the head that move.
       rate: factor of each group of parameters.
@@ -44,6 +45,7 @@ class Phase:
     rates: tuple[float, ...]
     by_step: str
     sampling: str
+    replay: int
     teacher: str
     rows: str
     rate: dict[str, float]
@@ -77,6 +79,7 @@ def configured(config: ConfigDict) -> tuple[Phase, ...]:
                         "epochs",
                         "by_step",
                         "sampling",
+                        "replay",
                         "teacher",
                         "rows",
                         "optimizer",
@@ -126,10 +129,12 @@ class StepData:
       train: int32, the images to learn from: of the whole training set D_t, new images
         and exemplars without the held-out ones.
       held_out: int32, the balanced B_t where alpha is learned on it; else empty.
-      counts: int [C], images of each class in `train`.
+      counts: int [C], images of each class in `train` and `replayed`.
       exemplars: how many of the old classes' images there are in `train` and
         `held_out` together.
       sampler: of `train`, where images are not drawn once an epoch each.
+      replayed: int32, exemplars that each batch has some of beside images of `train`,
+        where they are not part of that; else empty.
     """
 
     phase: Phase
@@ -141,6 +146,9 @@ class StepData:
     counts: np.ndarray
     exemplars: int
     sampler: sampling.Sampler | None = None
+    replayed: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros(0, np.int32)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,21 +218,25 @@ def step_data(
         elif priors.learns_alpha(config):
             held_out = found.held_out
     counts = np.bincount(labels[train], minlength=dataset.num_classes)
-    sampler = None
-    if exemplars and phase.sampling == "memory":
+    sampler, replayed = None, np.zeros(0, np.int32)
+    if exemplars and phase.replay:
+        old = labels[train] < group.start
+        train, replayed = train[~old], train[old]
+    elif exemplars and phase.sampling == "memory":
         sampler = sampling.memory(labels[train], group.start)
     elif exemplars and phase.sampling == "class":
         sampler = sampling.classes(labels[train])
     return StepData(
-        phase,
-        step,
-        group.start,
-        group.stop,
-        train,
-        held_out,
-        counts,
-        exemplars,
-        sampler,
+        phase=phase,
+        step=step,
+        num_old=group.start,
+        num_seen=group.stop,
+        train=train,
+        held_out=held_out,
+        counts=counts,
+        exemplars=exemplars,
+        sampler=sampler,
+        replayed=replayed,
     )
 
 

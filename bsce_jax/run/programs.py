@@ -40,7 +40,7 @@ class Programs:
     meta_updates: Mapping[str, Callable]
     evaluate: Callable
     features: Callable
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     alpha_optimizer: optax.GradientTransformation
     updates_per_call: int
 
@@ -111,7 +111,7 @@ def phase_program(config: ConfigDict, model: nn.Module, name: str) -> steps.Prog
     learns_alpha = (
         priors.learns_alpha(config) and not base and phase.images == "training"
     )
-    program = test_program(config, model)
+    program, o = test_program(config, model), config.optim
     return dataclasses.replace(
         program,
         terms=_terms(terms.of_phase(config.terms, phase.terms), base),
@@ -120,6 +120,7 @@ def phase_program(config: ConfigDict, model: nn.Module, name: str) -> steps.Prog
         meta=_meta(config) if learns_alpha else None,
         frozen=frozenset(group for group, rate in phase.rate.items() if not rate),
         batch_norm=phase.batch_norm,
+        noise=optim.Noise(o.noise, o.noise_epochs) if o.noise else None,
     )
 
 
@@ -132,7 +133,7 @@ def test_program(config: ConfigDict, model: nn.Module) -> steps.Program:
     return steps.Program(
         model=model,
         terms=(),
-        optimizer=optim.sgd(o.momentum, o.weight_decay, o.clip),
+        optimizer=optim.sgd(o.momentum, o.weight_decay, o.clip, o.decayed),
         train_images=train_transform(config, True),
         test_images=test_transform(config),
         forward=forward(config, methods.FORWARD),
