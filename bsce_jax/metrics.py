@@ -101,28 +101,3 @@ def accuracy(
     counts = np.asarray(confusion)
     total = counts[classes].sum()
     return float(counts.diagonal()[classes].sum() / total) if total else float("nan")
-
-
-def top_k_correct(scores: ArrayLike, labels: ArrayLike, k: int) -> NDArray[np.bool_]:
-    """Whether the true class is among the k highest scores.
-
-    Args:
-      scores: ``[images, classes]``; a class that must not count has a low score, such
-        as `bsce_jax.log_prior.EXCLUDED`.
-      labels: ``[images]`` int.
-      k: 1 gives what argmax gives: of equal scores the lower class comes first.
-
-    Returns:
-      ``[images]`` bool.
-
-    Raises:
-      UserError: k below 1.
-    """
-    if k < 1:
-        raise UserError(f"k={k}: must be at least 1")
-    scores, labels = np.asarray(scores), np.asarray(labels)[:, None]
-    own = np.take_along_axis(scores, labels, axis=1)
-    not_lower = np.arange(scores.shape[1])[None, :] >= labels
-    # Counting who is behind, not who is ahead, makes NaN scores wrong, not right.
-    behind = (scores < own) | ((scores == own) & not_lower)
-    return (~behind).sum(axis=1) < k

@@ -2,7 +2,7 @@
 
     python -m bsce_jax.main --config configs/cifar100.py:prior=balanced,steps=5
 
-Arguments: method (il_baseline, lucir, podnet), prior, steps, memory (exemplars a
+Arguments: method (a file of configs/methods/), prior, steps, memory (exemplars a
 class; 0 = none), seed, and for prior=weighted alpha, for prior=relaxed epsilon (images;
 else the paper's 0.2 %, 1). Hyper-parameters are those of the methods' authors
 (configs/methods/). Expected average incremental accuracy for steps=5 (Jodelet et al.,

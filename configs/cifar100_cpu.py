@@ -42,4 +42,8 @@ def get_config(argument: str | None = None) -> ConfigDict:
             phase.epochs, phase.milestones = 40, (20, 30)
         elif phase.images == "training":
             phase.epochs, phase.milestones = 20, (10, 15)
+        elif phase.images == "held_out":
+            phase.epochs, phase.milestones = 40, (20, 30)
+        elif phase.epochs > 20:
+            phase.epochs, phase.milestones = 20, (7, 14)
     return config

@@ -3,7 +3,7 @@
     python -m bsce_jax.main --config configs/digits.py
 
 A base step of 5 classes, then 5 steps of 1 class with 5 exemplars a class. Arguments:
-method (il_baseline, lucir, podnet), prior, steps (5 or 1), memory (exemplars a class;
+method (a file of configs/methods/), prior, steps (5 or 1), memory (exemplars a class;
 0 = none), seed, alpha, epsilon, for example configs/digits.py:method=lucir,prior=none.
 """
 

@@ -5,7 +5,7 @@
 
 Arguments: data (name of the prepared data set), base_classes (of the base step; 0 = all
 steps alike), steps (incremental ones; or all, where base_classes is 0), method
-(il_baseline, lucir, podnet), prior, memory (exemplars a class; 0 = none), seed, alpha,
+(a file of configs/methods/), prior, memory (exemplars a class; 0 = none), seed, alpha,
 epsilon. The classes that are not in the base step must divide evenly among the steps.
 
 Images are decoded as they are needed and cropped to 224x224; network and

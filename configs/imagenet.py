@@ -2,7 +2,7 @@
 
     python -m bsce_jax.main --config configs/imagenet.py:prior=balanced,steps=5
 
-Arguments: method (il_baseline, lucir, podnet), prior, steps (5, 10), memory (exemplars
+Arguments: method (a file of configs/methods/), prior, steps (5, 10), memory (exemplars
 a class; 0 = none), base_classes, seed, and for prior=weighted alpha, for prior=relaxed
 epsilon (images; else the paper's 0.2 %, 2.6). Hyper-parameters are those of the
 methods' authors (configs/methods/). Images are decoded as they are needed, by all cores

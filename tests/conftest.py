@@ -1,12 +1,25 @@
 """Strict settings for every test: 8 CPU devices, no silent rank promotion."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 
-import jax
-import numpy as np
-import pytest
+# What takes longest is compiling: XLA's backend without its optimiser, here and in the
+# processes that tests start. It is read when the first device is made.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# What one test has compiled serves all that follow, in all workers and processes.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    atexit.register(
+        shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True
+    )
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

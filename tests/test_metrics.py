@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from bsce_jax import metrics
 from bsce_jax.errors import UserError
@@ -85,28 +84,3 @@ def test_group_accuracies() -> None:
     assert metrics.accuracy(confusion, slice(2, 3)) == pytest.approx(38 / 40)
     assert metrics.accuracy(confusion, [0, 2]) == pytest.approx(46 / 50)
     assert np.isnan(metrics.accuracy(confusion, slice(0, 0)))
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    hnp.arrays(np.float32, (5, 6), elements=st.sampled_from([-1e9, 0, 1, 2, 3])),
-    hnp.arrays(np.int32, 5, elements=st.integers(0, 5)),
-    st.integers(1, 8),
-)
-def test_top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> None:
-    """The order is that of a stable sort, which k = 1 shares with argmax."""
-    ranked = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    expected = (ranked == labels[:, None]).any(axis=1)
-    np.testing.assert_array_equal(metrics.top_k_correct(scores, labels, k), expected)
-    np.testing.assert_array_equal(
-        metrics.top_k_correct(scores, labels, 1), scores.argmax(axis=1) == labels
-    )
-
-
-def test_top_k_of_nan_is_wrong() -> None:
-    assert not metrics.top_k_correct(np.full((1, 6), NAN), [2], 5).any()
-
-
-def test_top_k_refuses() -> None:
-    with pytest.raises(UserError, match="k=0"):
-        metrics.top_k_correct(np.zeros((1, 2)), [0], 0)

@@ -11,6 +11,9 @@ import time
 import pytest
 from etils import epath
 
+from bsce_jax.config.flags import parse
+from bsce_jax.config.hashes import config_hash
+from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
 from bsce_jax.hosts.workdir import lock
 from bsce_jax.report import published, results
@@ -99,7 +102,7 @@ def test_every_chosen_cell_has_its_jobs_or_a_reason(small):
         assert (len(cell.jobs), bool(cell.missing)) in ((2, False), (0, True))
         assert [job.seed for job in cell.jobs] in ([], [0, 1])
     reasons = {cell.row: cell.missing for cell in found if cell.missing}
-    assert "the method icarl does not exist here yet" in reasons.values()
+    assert "the method mnemonics does not exist here yet" in reasons.values()
 
 
 def test_cells_of_one_configuration_share_their_job(small):
@@ -121,10 +124,9 @@ def test_a_cell_whose_configuration_is_refused_says_why(small):
     )
     meta = {cell.missing for cell in found if cell.row.endswith("meta")}
     assert len(meta) == 1 and "at least 2 for prior=meta" in meta.pop()
-    with pytest.raises(
-        UserError, match=r"nothing can be run: config.phase.incremental.epochs=-1"
-    ):
-        expand(chosen(small, overrides=("--config.phase.incremental.epochs=-1",)))
+    wrong = "config.phase.incremental.epochs=-1"
+    with pytest.raises(UserError, match=f"nothing can be run: {wrong}"):
+        expand(chosen(small, overrides=(f"--{wrong}",)))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +205,12 @@ SCRIPT = """
     if behaviour == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if behaviour == "patient":
-        signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(143)))
+        def end(*_):
+            (workdir / "told").write_text(str(time.time()))
+            time.sleep(1)
+            (workdir / "ended").write_text(str(time.time()))
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, end)
         (workdir / "listens").touch()
         time.sleep(100)
     if behaviour == "slow":
@@ -291,15 +298,13 @@ def test_all_runs_are_told_to_end_before_the_first_is_waited_for(
     jobs = [fake(f"{b}0", b) for b in "abc"]
     behaviours = {job.name: "patient" for job in jobs}
     made, *_ = scripted(jobs, behaviours, at_once=3)
-    told = []
-
-    def all_listen() -> bool:
-        if len(list((tmp_path / "runs").glob("*/listens"))) == 3:
-            told.append(time.monotonic())
-        return bool(told)
-
-    made.work(float("inf"), all_listen)
-    assert 1 <= time.monotonic() - told[0] < 3  # each takes a second
+    workdirs = [tmp_path / "runs" / job.name for job in jobs]
+    made.work(float("inf"), lambda: all((w / "listens").exists() for w in workdirs))
+    told, ended = (
+        [float((workdir / name).read_text()) for workdir in workdirs]
+        for name in ("told", "ended")
+    )
+    assert max(told) < min(ended)
     assert set(made.states.values()) == {"to do"}
 
 
@@ -395,12 +400,16 @@ def test_cells_of_earlier_commands_stay_in_the_manifest(tmp_path):
 
 def test_many_processes_may_write_one_manifest(tmp_path):
     code = (
-        "import pathlib, sys; from bsce_jax.reproduce import manifest\n"
-        "for _ in range(200): manifest.write(pathlib.Path(sys.argv[1]), 'full', [], {})"
+        "import sys; from etils import epath; from bsce_jax.report import results\n"
+        "target = epath.Path(sys.argv[1])\n"
+        "for _ in range(300): results.replace(target, sys.argv[2], shared=True)"
     )
-    command_ = [sys.executable, "-c", code, str(tmp_path)]
-    processes = [subprocess.Popen(command_, cwd=runs.ROOT) for _ in range(2)]
-    assert [process.wait(60) for process in processes] == [0, 0]
+    empty = json.dumps({"schema": 1, "protocol": "full", "cells": []})
+    arguments_ = [sys.executable, "-c", code, str(tmp_path / manifest.NAME), empty]
+    other = subprocess.Popen(arguments_, cwd=runs.ROOT)
+    while other.poll() is None:
+        manifest.write(tmp_path, "full", [], {})
+    assert other.returncode == 0
     assert json.loads((tmp_path / manifest.NAME).read_text())["cells"] == []
     assert [path.name for path in tmp_path.iterdir()] == [manifest.NAME]
 
@@ -424,7 +433,8 @@ def arguments(small, output, *more: str) -> list[str]:
     ]
 
 
-def test_a_table_is_run_reported_and_not_run_again(small, tmp_path, capsys):
+@pytest.mark.slow
+def test_real_runs_of_a_table_are_reported_and_not_run_again(small, tmp_path, capsys):
     """End to end, with real runs; the second takes over the first one's base step."""
     assert command.main(arguments(small, tmp_path)) == 0
     written = json.loads((tmp_path / "manifest.json").read_text())
@@ -447,7 +457,41 @@ def test_a_table_is_run_reported_and_not_run_again(small, tmp_path, capsys):
     assert [(w / "results.json").stat().st_mtime for w in workdirs] == times
 
 
-def test_a_dry_run_prints_commands_that_are_valid(small, tmp_path, capsys):
+def test_a_table_is_run_reported_and_not_run_again(
+    small, scripted, monkeypatch, tmp_path, capsys
+):
+    """As with real runs above, but for the runs."""
+    chosen_ = command.choose(command.parse(arguments(small, tmp_path)))
+    jobs = list({job.name: job for cell in expand(chosen_) for job in cell.jobs})
+    assert len(jobs) == 2
+    scripted([job for cell in expand(chosen_) for job in cell.jobs])
+    assert command.main(arguments(small, tmp_path)) == 0
+    assert "2 of 2 runs done" in capsys.readouterr().out
+    assert order(tmp_path) == [jobs[0], f"{jobs[1]} {jobs[0]}"]
+    written = json.loads((tmp_path / "manifest.json").read_text())
+    assert written["protocol"].startswith("reduced: ")
+    statuses = [run["status"] for cell in written["cells"] for run in cell["runs"]]
+    assert statuses == ["done"] * 4
+    for name in ("report.html", "report.md", "report.csv"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert command.main(arguments(small, tmp_path)) == 0
+    assert "2 of 2 runs done" in capsys.readouterr().out
+    assert len(order(tmp_path)) == 2
+
+
+def test_the_commands_of_jobs_are_valid(small, tmp_path):
+    """What runs is the configuration that the job's hashes and updates are of."""
+    (first, *_), *others = (c.jobs for c in expand(chosen(small)) if c.jobs)
+    assert others
+    for job, base in ((first, ""), (others[-1][0], "runs/first")):
+        flags = tables.command(job, "runs/x", base)[3:]
+        values = parse(["main", *flags])
+        assert values.workdir == "runs/x"
+        config = resolve(values.config)
+        assert (config.init_from, config_hash(config)) == (base, job.config_hash)
+
+
+def test_a_dry_run_prints_the_commands(small, tmp_path, capsys):
     assert command.main(arguments(small, tmp_path / "x", "--dry_run", "--seeds=2")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and not (tmp_path / "x").exists()

@@ -82,12 +82,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
 def require_same(facts: Mapping[str, Any]) -> None:
     """Makes sure that every process has the same facts; each must call this.
 

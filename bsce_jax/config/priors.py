@@ -17,7 +17,8 @@ from bsce_jax.errors import field_error
 PAPER_EPSILON = (0.2, "percent")
 """Epsilon and its unit in all experiments of Jodelet et al. without memory."""
 
-# Priors that are not those of a balanced set's counts, as the exemplars are.
+# Priors that are not those of a balanced set's counts, which exemplars and held-out
+# images are.
 _OWN_COUNTS = ("weighted", "meta", "relaxed")
 
 
@@ -45,7 +46,7 @@ def check(config: ConfigDict) -> None:
             "epsilon", 0.0, "above 0: exemplars are labels of old classes"
         )
     for name, phase in config.phase.items():
-        balanced = phase.images == "exemplars" and phase.epochs > 0
+        balanced = phase.images != "training" and phase.epochs > 0
         if prior in _OWN_COUNTS and balanced and phase.when_prior == "any":
             raise field_error(
                 f"phase.{name}.when_prior", "any", f"none for prior={prior}"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bsce_jax.errors import UserError
 from bsce_jax.log_prior import EXCLUDED
-from bsce_jax.losses.softmax_ce import softmax_cross_entropy
+from bsce_jax.losses.softmax_ce import label_mask, softmax_cross_entropy
 
 COLUMNS = ("new", "seen")
 """What the softmax may run over: this step's classes, or all learned so far."""
@@ -39,7 +39,7 @@ def columns_cross_entropy(
 
 def _among(labels: jax.Array, columns: jax.Array) -> jax.Array:
     """Whether labels are chosen classes, [batch] bool."""
-    is_label = labels[:, None] == jnp.arange(len(columns))[None, :]
+    is_label = label_mask(labels, len(columns))
     return jnp.any(is_label & columns[None, :], axis=1)
 
 

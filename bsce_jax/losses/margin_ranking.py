@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bsce_jax.errors import UserError
+from bsce_jax.losses.softmax_ce import label_mask
 
 NEEDS_OLD_CLASSES = True
 """The term is absent from the program of the base step."""
@@ -49,7 +50,7 @@ def margin_ranking(
         raise UserError(f"margin_ranking: k={k!r}, allowed: at least 1")
     cosines = cosines.astype(jnp.result_type(cosines, jnp.float32))
     classes = jnp.arange(cosines.shape[1])[None, :]
-    is_label = labels[:, None] == classes
+    is_label = label_mask(labels, cosines.shape[1])
     of_label = jnp.sum(cosines, axis=1, where=is_label)
     values = jnp.zeros_like(of_label)
     left = jnp.broadcast_to(new[None, :], cosines.shape)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from bsce_jax.log_prior import EXCLUDED
-from bsce_jax.losses.softmax_ce import rescaled
+from bsce_jax.losses.softmax_ce import label_mask, rescaled
 
 NEEDS_SIMILARITIES = True
 """The term reads what a cosine or local similarity head gives besides its logits."""
@@ -51,7 +51,7 @@ def nca(
     if seen is not None:
         # After the scaling: a negative scale would turn an exclusion around.
         scores = jnp.where(seen[None, :], scores, EXCLUDED)
-    is_label = labels[:, None] == jnp.arange(scores.shape[1])[None, :]
+    is_label = label_mask(labels, scores.shape[1])
     # The gradient flows through the maximum, as in the authors' code.
     instead = EXCLUDED if exact else jnp.max(scores, axis=1, keepdims=True)
     denominator = jax.nn.logsumexp(

@@ -7,7 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from bsce_jax.log_prior import EXCLUDED
-from bsce_jax.losses.softmax_ce import rescaled, softmax_cross_entropy
+from bsce_jax.losses.softmax_ce import (
+    label_mask,
+    rescaled,
+    softmax_cross_entropy,
+)
 
 CLASSIFICATION = True
 """Another classification loss may take its place: see `config.terms.with_prior`."""
@@ -31,7 +35,7 @@ def separated_softmax_cross_entropy(
       ``[batch]``, computed in float32 (float64 where an input is). A label that is
       neither old nor new has value and gradient 0.
     """
-    is_label = labels[:, None] == jnp.arange(logits.shape[1])[None, :]
+    is_label = label_mask(labels, logits.shape[1])
     values = jnp.zeros((), jnp.float32)
     for group in (old, new):
         prior = jnp.where(group, 0.0, EXCLUDED)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bsce_jax.losses.softmax_ce import label_mask
+
 
 def sigmoid_binary_cross_entropy(
     logits: jax.Array, targets: jax.Array, seen: jax.Array
@@ -59,7 +61,7 @@ def term(
     """
     logits = student["logits"]
     dtype = jnp.result_type(logits, jnp.float32)
-    is_label = batch.labels[:, None] == jnp.arange(logits.shape[1])[None, :]
+    is_label = label_mask(batch.labels, logits.shape[1])
     targets = is_label.astype(dtype)
     if teacher is not None:
         known = jax.nn.sigmoid(teacher["logits"].astype(dtype))

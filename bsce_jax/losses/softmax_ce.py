@@ -10,6 +10,15 @@ CLASSIFICATION = True
 """Another classification loss may take its place: see `config.terms.with_prior`."""
 
 
+def label_mask(labels: jax.Array, num_classes: int) -> jax.Array:
+    """Where each label is: bool ``[batch, classes]``, no class for one outside.
+
+    Used in the place of a gather, whose transpose is a scatter, which on GPUs is either
+    not repeatable or slow.
+    """
+    return labels[:, None] == jnp.arange(num_classes)[None, :]
+
+
 def softmax_cross_entropy(
     logits: jax.Array, labels: jax.Array, log_prior: jax.Array | None = None
 ) -> jax.Array:
@@ -31,9 +40,7 @@ def softmax_cross_entropy(
     scores = logits.astype(jnp.result_type(logits, jnp.float32))
     if log_prior is not None:
         scores = scores + log_prior[None, :]
-    # A mask, not a gather: its transpose is no scatter, which on GPUs is either not
-    # repeatable or slow.
-    is_label = labels[:, None] == jnp.arange(scores.shape[1])[None, :]
+    is_label = label_mask(labels, scores.shape[1])
     return -jnp.sum(jax.nn.log_softmax(scores), axis=1, where=is_label)
 
 
@@ -93,7 +100,7 @@ def rescaled(
     """
     if not rescale:
         return values, batch.valid
-    is_label = batch.labels[:, None] == jnp.arange(len(context.counts))[None, :]
+    is_label = label_mask(batch.labels, len(context.counts))
     weights = jnp.sum(
         jnp.where(is_label, rescaling(context.counts)[None, :], 0), axis=1
     )

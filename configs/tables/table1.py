@@ -17,8 +17,8 @@ COLUMNS = {
     "imagenet-10": ("imagenet", {"steps": 10, "memory": 20}),
 }
 ROWS = {
-    "icarl": None,
-    "bic": None,
+    "icarl": {"method": "icarl", "prior": "none"},
+    "bic": {"method": "bic", "prior": "none"},
     # Reported and run by the paper's authors: here one and the same run.
     "lucir_reported": {"method": "lucir", "prior": "none"},
     "mnemonics": None,

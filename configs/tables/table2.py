@@ -17,10 +17,10 @@ COLUMNS = {
     "final": ("imagenet", _SCENARIO),
 }
 ROWS = {
-    "icarl": None,
-    "eeil": None,
-    "bic": None,
-    "ssil": None,
+    "icarl": {"method": "icarl", "prior": "none"},
+    "eeil": {"method": "eeil", "prior": "none"},
+    "bic": {"method": "bic", "prior": "none"},
+    "ssil": {"method": "ss_il", "prior": "none"},
     "il_baseline": {"method": "il_baseline", "prior": "none"},
     "il_baseline_balanced": {"method": "il_baseline", "prior": "balanced"},
     "il_baseline_meta": {"method": "il_baseline", "prior": "meta"},

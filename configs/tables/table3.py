@@ -15,12 +15,12 @@ COLUMNS = {
 }
 _RELAXED = {"prior": "relaxed", "epsilon": 0.2, "config.epsilon_unit": "percent"}
 ROWS = {
-    "spb": None,
-    "spb_i": None,
-    "spb_m": None,
+    "spb": {"method": "spb", "prior": "none"},
+    "spb_i": {"method": "spb_i", "prior": "none"},
+    "spb_m": {"method": "spb_m", "prior": "none"},
     "dde": None,
-    "ncm": None,
-    "slda": None,
+    "ncm": {"method": "ncm", "prior": "none"},
+    "slda": {"method": "slda", "prior": "none"},
     "lucir": {"method": "lucir", "prior": "none"},
     "lucir_balanced": {"method": "lucir", "prior": "balanced"},
     "lucir_relaxed": {"method": "lucir", **_RELAXED},
