@@ -134,7 +134,9 @@ def make_update(batch: int) -> tuple[Callable[[Any], Any], Any]:
         grads, batch_stats = jax.grad(loss, has_aux=True)(
             state["params"], state["batch_stats"]
         )
-        step, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        step, opt_state = optimizer.update(
+            grads, state["opt_state"], state["params"], decay=1.0
+        )
         params = jax.tree.map(lambda p, s: p - 0.01 * s, state["params"], step)
         return {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
 

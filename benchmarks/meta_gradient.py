@@ -106,6 +106,7 @@ def make_problem(
             network.params, phase.rate, seen & ~old if phase.rows == "new" else seen
         ),
         teacher=jax.tree.map(jnp.flip, network),
+        decay=np.float32(1.0),
     )
     return state, jax.device_put(context)
 

@@ -135,7 +135,8 @@ def _checkpoint_of(folder: epath.Path, step: int) -> int:
 
 
 def _nested(flat: dict) -> ConfigDict:
-    config = ConfigDict()
+    """A flattened configuration as it was; flattening leaves empty sections out."""
+    config = ConfigDict({"options": {}})
     for name, value in flat.items():
         *sections, field = name.split(".")
         section = config

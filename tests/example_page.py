@@ -9,9 +9,12 @@ import numpy as np
 
 from bsce_jax.config.fields import default_config
 from bsce_jax.config.hashes import flatten
-from bsce_jax.report import results
+from bsce_jax.report import cells, results
+from bsce_jax.report.published import Column, Row, Table
 
 Runs = list[dict[str, Any]]
+METRIC = "average_incremental_top1"
+SCRIPT = "<script>alert(1)</script>"
 REDUCED = "reduced: 10 epochs instead of 250, 16x16 pixels"
 
 
@@ -99,6 +102,43 @@ def cell(key: str, runs: Runs | None = None, missing: str = "") -> dict[str, Any
 def manifest(cells: Iterable[dict[str, Any]], protocol: str = "full") -> dict[str, Any]:
     """A manifest of cells."""
     return {"schema": 1, "protocol": protocol, "cells": list(cells)}
+
+
+def table(key: str = "table1", label: str = "Ours & <b>theirs</b>") -> Table:
+    columns = (
+        Column("five", "CIFAR-100, 5 steps", METRIC),
+        Column("final", "CIFAR-100, last", "final_top1"),
+        Column("ten", "ImageNet, 10 steps", METRIC),
+    )
+    rows = (
+        Row("a", label, "authors' run", {"five": 60.0, "final": 50.0, "ten": None}),
+        Row("b", "B|C", "reported from the literature", {"five": 40.0, "ten": 30.0}),
+    )
+    return Table(key, "A <title>", "Someone 2022, Table 1", columns, rows)
+
+
+def small(
+    averages: tuple[float, ...] = (60.0, 61.0, 62.9), protocol: str = "full"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Manifest and results of three seeds in two cells, and of what is not done."""
+    found = {
+        f"runs/r{seed}": make_run(seed=seed, average=average, steps=2, base=4)
+        for seed, average in enumerate(averages)
+    }
+    runs = [entry(f"r{seed}", seed=seed) for seed in range(len(averages))]
+    found["runs/later"] = make_run(average=39.0, steps=2, base=4, finished=1)
+    later = [entry("later", "running"), entry("last", "to do", 1)]
+    given = [
+        cell("table1/a/five", runs),
+        cell("table1/a/final", runs),
+        cell("table1/b/five", later),
+        cell("table1/b/ten", missing=f"no {SCRIPT} here"),
+    ]
+    return manifest(given, protocol), found
+
+
+def build(**kinds: Any) -> cells.Report:
+    return cells.build(*small(**kinds), {"table1": table(), "table2": table("table2")})
 
 
 def write_example(folder: pathlib.Path, protocol: str = "full") -> None:

@@ -12,10 +12,13 @@ from unittest import mock
 import jax
 import numpy as np
 
+from bsce_jax import predict
 from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel
+from bsce_jax.data import resident
 from bsce_jax.run import programs
-from tests import datasets, tiny
+from tests import datasets
+from tests import small as small_main
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -83,11 +86,17 @@ def config_file(
     return path
 
 
-def command(config: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> list[str]:
+def command(
+    config: pathlib.Path | str,
+    workdir: pathlib.Path,
+    *overrides: str,
+    small: bool = True,
+) -> list[str]:
+    """Of a run, with a network of one convolution unless it must be the real one."""
     return [
         sys.executable,
         "-m",
-        "bsce_jax.main",
+        "tests.small" if small else "bsce_jax.main",
         f"--config={config}",
         f"--workdir={workdir}",
         *overrides,
@@ -108,10 +117,11 @@ def run(
     *overrides: str,
     status: int = 0,
     devices: int = 1,
+    small: bool = True,
 ) -> subprocess.CompletedProcess:
     """Runs to the end and checks the exit status."""
     done = subprocess.run(
-        command(config, workdir, *overrides),
+        command(config, workdir, *overrides, small=small),
         cwd=ROOT,
         env=environment(devices),
         capture_output=True,
@@ -122,13 +132,25 @@ def run(
     return done
 
 
+def small_network() -> contextlib.AbstractContextManager:
+    """Builds a network of one convolution whatever a configuration names."""
+    return mock.patch.object(programs, "build_model", small_main.build_model)
+
+
+def test_images(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """The test images of a run on "blobs", and their positions in the class order."""
+    fields = results(workdir)
+    config = fields["config"]
+    images, labels = resident.load("blobs", "test", config["data.data_dir"], 0)
+    return images, np.argsort(fields["class_order"])[labels]
+
+
 def here(
     config: pathlib.Path | str,
     workdir: pathlib.Path,
     *overrides: str,
     status: int = 0,
     devices: int = 1,
-    small: bool = True,
 ) -> None:
     """Runs to the end in this process, which is several times as fast.
 
@@ -138,24 +160,23 @@ def here(
       *overrides: of the configuration.
       status: the exit status to expect.
       devices: how many of the eight there are here.
-      small: with a network of one convolution, which compiles in no time.
     """
     from bsce_jax import main
 
-    def create(mode, devices=jax.devices()[:devices], make=parallel.create):
-        return make(mode, devices)
-
-    def network(config, devices, num_classes):
-        model = config.model
-        return tiny.TinyNet(
-            num_classes, head=model.head, proxies=2, auxiliary=model.auxiliary
-        )
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(parallel, "create", create))
-        if small:
-            stack.enter_context(mock.patch.object(programs, "build_model", network))
+    make, own = parallel.create, jax.devices()[:devices]
+    with (
+        mock.patch.object(
+            parallel, "create", lambda mode, devices=None: make(mode, own)
+        ),
+        small_network(),
+    ):
         assert main.main(command(config, workdir, *overrides)[2:]) == status
+
+
+def load(workdir: pathlib.Path, **options) -> predict.Predictor:
+    """Loads a network that `here` has trained."""
+    with small_network():
+        return predict.load(workdir, **options)
 
 
 def cut(workdir: pathlib.Path, copy: pathlib.Path, number: int) -> dict:

@@ -59,14 +59,24 @@ METHODS: dict[str, tuple[str, dict[str, tuple[dict[str, Any], float]]]] = {
         },
     ),
 }
+# Several methods' terms in one program, which compiles once.
+METHODS["linear"] = ("linear", METHODS["il_baseline"][1] | METHODS["table6"][1])
+METHODS["similarities"] = (
+    "local_similarity",
+    METHODS["lucir"][1] | METHODS["podnet"][1],
+)
+# LLVM's optimiser takes more than a third of the time here; nothing runs long.
+FAST = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache
-def program(dtype, meta=True, method="il_baseline") -> steps.Program:
+def program(dtype, meta=True, method="il_baseline", augmented=True) -> steps.Program:
+    """The static part; without augmentation it compiles in two thirds of the time."""
     pixels = {"mean": (0.5,), "std": (0.5,), "dtype": dtype}
     head, chosen = METHODS[method]
     if meta and "nca" in chosen:  # alpha acts through softmax_ce only
         chosen = {"softmax_ce": ({}, 1.0)} | chosen
+    tested = functools.partial(augment.test_images, **pixels)
     return steps.Program(
         model=TinyNet(CLASSES, dtype, head, proxies=3),
         terms=tuple(
@@ -76,8 +86,10 @@ def program(dtype, meta=True, method="il_baseline") -> steps.Program:
         optimizer=optim.sgd(0.9, 2e-4),
         train_images=functools.partial(
             augment.train_images, padding=1, flip=True, brightness=0.0, **pixels
-        ),
-        test_images=functools.partial(augment.test_images, **pixels),
+        )
+        if augmented
+        else lambda images, key, rows: tested(images),
+        test_images=tested,
         meta=steps.Meta(optax.sgd(1.0), 2, 0.0, 1e-3, 10.0, "train", False)
         if meta
         else None,
@@ -160,20 +172,41 @@ def example(
     return state, context, Images(images, labels), schedule, streams
 
 
+def fast(function: Callable) -> Callable:
+    """A jitted function, compiled in less time for the shapes of its first call."""
+    program = None
+
+    def call(*arguments):
+        nonlocal program
+        if program is None:
+            program = function.lower(*arguments).compile(compiler_options=FAST)
+        return program(*arguments)
+
+    return call
+
+
+def jitted(function: Callable, *arguments):
+    """What a function returns for arrays, compiled for this one call."""
+    arguments = jax.tree.map(jnp.asarray, arguments)
+    return jax.device_get(fast(jax.jit(function))(*arguments))
+
+
 def compiled(program: steps.Program, mode: str, devices) -> Callable:
-    """One call of `program` on host arrays, compiled once for each shape."""
+    """One call of `program` on host arrays, compiled for the shapes of its first."""
     place = parallel.create(mode, devices)
     make = updates.make_meta_update if program.meta else updates.make_train_update
-    update = parallel.compile_step(
-        place,
-        make(program),
-        name="update",
-        inputs=("replicated",) * 5 + ("batch",),
-        outputs=("replicated", "replicated"),
+    update = fast(
+        parallel.compile_step(
+            place,
+            make(program),
+            name="update",
+            inputs=("replicated",) * 5 + ("batch",),
+            outputs=("replicated", "replicated"),
+        )
     )
 
-    def run(state, context, data, schedule, streams):
-        count = np.int32(len(streams[TRAIN].indices))
+    def run(state, context, data, schedule, streams, count=None):
+        count = np.int32(len(streams[TRAIN].indices) if count is None else count)
         values = parallel.replicate(place, (state, context, data, count, schedule))
         return jax.device_get(update(*values, parallel.shard(place, streams)))
 
@@ -186,9 +219,10 @@ def run(program: steps.Program, mode: str, devices, arguments):
 
 
 @functools.cache
-def on_one(dtype, meta=True, method="il_baseline") -> Callable:
+def on_one(dtype, meta=True, method="il_baseline", augmented=True) -> Callable:
     """`compiled` of `program` on one device, shared."""
-    return compiled(program(dtype, meta, method), "jit", jax.devices()[:1])
+    tested = program(dtype, meta, method, augmented)
+    return compiled(tested, "jit", jax.devices()[:1])
 
 
 def batch_of(program: steps.Program, data: Images, rows: Rows, update: int, seed=0):

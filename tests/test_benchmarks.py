@@ -153,8 +153,7 @@ def test_what_speed_times(load, monkeypatch):
     monkeypatch.setattr(problem.Program, "__call__", traced)
     p = problem.make("il_baseline", "meta", "float32", problem.REDUCED)
     problem.compile_all(p)
-    contestants = speed.contestants(p, updates=10)
-    done = {name: contestant()[1] for name, contestant in contestants.items()}
+    done = {name: f()[1] for name, f in speed.contestants(p, updates=10).items()}
     # Without an image of each class: those are held out.
     images = (2 * 24 + 10 * 6) - 12
     assert done == {"train": 160, "epoch": images, "evaluate": 12 * 4, "herding": 2}
@@ -163,19 +162,25 @@ def test_what_speed_times(load, monkeypatch):
 
 
 @pytest.mark.slow
-def test_speed(tmp_path):
-    output = tmp_path / "speed.json"
-    traces = tmp_path / "traces"
+def test_speed(load, tmp_path):
+    output, traces = tmp_path / "speed.json", tmp_path / "traces"
     flags = ["--profile", str(traces), "--updates_per_call", "5"]
     flags += ["--tflops", "float32=1", "--bandwidth", "1", "--output", str(output)]
     run("speed.py", *flags)
-    (result,) = json.loads(output.read_text())["results"]
+    results = json.loads(output.read_text())["results"]
+    lines = load("speed_table").markdown(results).splitlines()
+    assert [line.count("|") for line in lines[:5]] == [14] * 5
+    (result,) = results
     assert list(result["priors"]) == ["none", "balanced", "meta"]
+    more = {"balanced over none", "meta over balanced"}
+    assert result["more_time_percent"].keys() == more
     for facts in result["priors"].values():
         for name in ("train", "epoch", "evaluate", "herding"):
             assert facts[name]["per_s"] > 0
         assert facts["temp_bytes"] > 0 and facts["updates_per_call"] in (5, 10)
-    none = result["priors"]["none"]
+    none, _, meta = result["priors"].values()
+    assert none["compile_s"].keys() >= {"incremental_update", "evaluate", "herd"}
+    assert "incremental_meta_update" in meta["compile_s"]
     assert 0 < none["share_of_floor"] < 1
     if result["torch"]:
         assert none["train"]["ratio"]["eager"] > 0
@@ -185,19 +190,6 @@ def test_speed(tmp_path):
     assert len(profile["hottest"]) == 10 and list(traces.rglob("*.xplane.pb"))
     assert profile["busy_ms"] > 0 and 0 <= profile["idle_percent"] < 100
     assert result["rounds"] == 2
-
-
-@pytest.mark.slow
-def test_speed_without_torch_and_its_table(load):
-    flags = ["--no-startup", "--rivals", "--priors", "none", "balanced"]
-    found = json.loads(run("speed.py", *flags))["results"]
-    (result,) = found
-    assert result["torch"] is None and result["priors"]["none"]["train"]["ratio"] == {}
-    assert set(result["more_time_percent"]) == {"balanced over none"}
-    compiled = [facts["compile_s"] for facts in result["priors"].values()]
-    assert compiled[0].keys() == compiled[1].keys() >= {"incremental_update", "herd"}
-    lines = load("speed_table").markdown(found).splitlines()
-    assert [line.count("|") for line in lines[:4]] == [14] * 4
 
 
 HLO = """

@@ -24,22 +24,22 @@ CHILD = """
 import os, pathlib, resource, sys
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
-from bsce_jax import checkpoint, checkpoint_writer
+from bsce_jax.checkpoints import store, writer as writers
 
 folder, size = sys.argv[1], int(sys.argv[2])
-writer = checkpoint_writer.Writer()
+writer = writers.Writer()
 background = False
 
 def tree(number):
     return {"w": np.full(size, number, np.float32), "n": np.full(300, number)}
 
 def save(number, **options):
-    saving = writer if background else checkpoint
+    saving = writer if background else store
     try:
         saving.save(folder, number, tree(number), {"number": number}, **options)
         writer.wait()
         return True
-    except checkpoint.CheckpointError as error:
+    except store.CheckpointError as error:
         print("ERROR", error)
         return False
 """
@@ -79,11 +79,14 @@ def assert_only(folder: pathlib.Path, numbers: list[int], size: int) -> None:
         check(store.restore(folder, number, child_tree(0, size)), number)
 
 
-where = pytest.mark.parametrize("background", [False, True])
+slow = pytest.mark.slow
+where = pytest.mark.parametrize("background", [pytest.param(False, marks=slow), True])
 
 
 @where
-@pytest.mark.parametrize("limit", [0, 1000, 100_000])
+@pytest.mark.parametrize(
+    "limit", [0, pytest.param(1000, marks=slow), pytest.param(100_000, marks=slow)]
+)
 def test_file_size_limit(tmp_path: pathlib.Path, limit: int, background: bool) -> None:
     size = 100_000
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -163,6 +166,7 @@ def test_read_only_folder(background: bool) -> None:
         folder.chmod(0o755)
 
 
+@slow
 def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
     """SIGKILL at random moments leaves whole checkpoints; the next save cleans up."""
     seed = random.randrange(2**32)
@@ -170,7 +174,7 @@ def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
     rng = random.Random(seed)
     size, number = 500_000, 0
     body = """
-    number = (checkpoint.numbers(folder) or [-1])[-1] + 1
+    number = (store.numbers(folder) or [-1])[-1] + 1
     while save(number):
         print(number, flush=True)
         number += 1
@@ -202,11 +206,11 @@ def test_killed_while_saving(tmp_path: pathlib.Path) -> None:
 
 TRAINING = """
 import jax, numpy as np
-from bsce_jax import checkpoint, checkpoint_writer
+from bsce_jax.checkpoints import store, writer as writers
 
 update = jax.jit(lambda w: w + 1, donate_argnums=0)
 w, number = jax.device_put(np.zeros(500_000, np.float32)), 0
-with checkpoint_writer.Writer() as writer:
+with writers.Writer() as writer:
     while True:
         meta = {"number": number}
         writer.save(
@@ -220,13 +224,16 @@ with checkpoint_writer.Writer() as writer:
 """
 
 
-def test_killed_while_saving_in_the_background(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("trials", [1, pytest.param(6, marks=slow)])
+def test_killed_while_saving_in_the_background(
+    tmp_path: pathlib.Path, trials: int
+) -> None:
     """SIGKILL at random moments of a training that saves all the time."""
     seed = random.randrange(2**32)
     log.warning("seed %d", seed)  # shown when the test fails
     rng = random.Random(seed)
     target = {"w": np.zeros(500_000, np.float32)}
-    for trial in range(4):
+    for trial in range(trials):
         folder = tmp_path / str(trial)
         program = f"import sys\nrounds = {rng.randrange(1, 50)}\n{TRAINING}"
         child = subprocess.Popen(
@@ -246,13 +253,13 @@ def test_killed_while_saving_in_the_background(tmp_path: pathlib.Path) -> None:
         check(restored, restored.number)
 
 
-@pytest.mark.parametrize("managed", [True, False])
+@pytest.mark.parametrize("managed", [True, pytest.param(False, marks=slow)])
 def test_exit_during_a_background_save(tmp_path: pathlib.Path, managed: bool) -> None:
     """A managed writer completes its save; else the one before remains."""
     size = 5_000_000
     out, err = run_child(
         f"""
-        checkpoint.save(folder, 0, tree(0), {{"number": 0}})
+        store.save(folder, 0, tree(0), {{"number": 0}})
         if {managed}:
             with writer:
                 writer.save(folder, 1, tree(1), {{"number": 1}})
@@ -277,7 +284,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
 from jax.experimental import multihost_utils
-from bsce_jax import checkpoint, checkpoint_writer
+from bsce_jax.checkpoints import store, writer as writers
 
 mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -288,13 +295,13 @@ def tree(number):
     return {"x": jax.make_array_from_process_local_data(everywhere, rows)}
 
 def check(number):
-    restored = checkpoint.latest(folder, tree(0))
+    restored = store.latest(folder, tree(0))
     assert restored.number == restored.meta["number"] == number
     assert (restored.arrays["x"] == number).all()
 
 wait = multihost_utils.sync_global_devices
 for number in range(4):
-    checkpoint.save(folder, number, tree(number), {"number": number})
+    store.save(folder, number, tree(number), {"number": number})
 wait("saved")
 check(3)
 wait("read")
@@ -304,7 +311,7 @@ if process == 0:  # damage the newest: both fall back, and go on from there
 wait("damaged")
 check(2)
 for number in (3, 4):
-    checkpoint.save(folder, number, tree(number), {"number": number})
+    store.save(folder, number, tree(number), {"number": number})
 wait("saved again")
 check(4)
 
@@ -312,7 +319,7 @@ check(4)
 update = jax.jit(lambda x: x + 0 * x.sum(), in_shardings=rows, out_shardings=rows)
 x = jax.make_array_from_process_local_data(rows, np.ones(2000, np.float32))
 during = []
-with checkpoint_writer.Writer() as writer:
+with writers.Writer() as writer:
     for number in range(5, 10):
         writer.save(
             folder, number, tree(number), {"number": number},
@@ -329,13 +336,14 @@ if process == 0:
 
 # A folder that is not the same one.
 try:
-    checkpoint.latest(folder if process == 0 else folder / "local", tree(0))
-except checkpoint.CheckpointError as error:
+    store.latest(folder if process == 0 else folder / "local", tree(0))
+except store.CheckpointError as error:
     print(error)
-print("done", checkpoint.numbers(folder))
+print("done", store.numbers(folder))
 """
 
 
+@slow
 def test_two_processes(tmp_path: pathlib.Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -117,8 +117,8 @@ def test_a_pod_that_is_set_up_wrongly_is_one_line(monkeypatch, on_tpu, kind):
 
 JOIN = """
 import sys
-from bsce_jax import cluster
-cluster.join(cluster.Address(sys.argv[1], 2, int(sys.argv[2])), timeout=3.0)
+from bsce_jax.hosts import join
+join.join(join.Address(sys.argv[1], 2, int(sys.argv[2])), timeout=3.0)
 """
 DIES = """
 import os, sys, jax
@@ -127,7 +127,7 @@ os._exit(9)
 """
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_waiting_for_a_process_that_never_comes_ends(index):
     address = free_address()
     done = _join(JOIN, address, index).communicate(timeout=60)

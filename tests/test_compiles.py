@@ -3,12 +3,18 @@
 import subprocess
 import time
 
+import pytest
+
 from tests import runs
 from tests.test_resume import newest
 
 
+@pytest.mark.slow
 def test_nothing_compiles_at_a_new_step_over_26_steps(tmp_path):
-    """Programs by name over a base step and 25 steps, with a kill and a resume."""
+    """Programs by name over a base step and 25 steps, with a kill and a resume.
+
+    Of processes of their own: here other tests have compiled eager operations.
+    """
     config = runs.config_file(tmp_path, classes=29, base=4, steps=25)
     workdir = tmp_path / "run"
     overrides = ("--config.prior=meta",)

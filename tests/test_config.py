@@ -1,5 +1,4 @@
-"""The configuration: every mistake is one line, every field has a check and a place
-in the hash."""
+"""The configuration: one line for a mistake, every field checked, what is hashed."""
 
 import copy
 import functools
@@ -14,7 +13,6 @@ from ml_collections import ConfigDict
 
 from bsce_jax.config import terms
 from bsce_jax.config.fields import FIELDS, PHASE, Field, default_config, find
-from bsce_jax.config.files import method_module, parse_arguments
 from bsce_jax.config.hashes import config_hash, digest, flatten
 from bsce_jax.config.resolve import resolve, validate
 from bsce_jax.errors import UserError
@@ -399,55 +397,3 @@ def test_flatten_is_json_with_dotted_names():
     assert flat["phase.base.rate.head"] == 1.0 and flat["epsilon"] is None
     assert json.loads(json.dumps(flat)) == flat
     assert not any(isinstance(value, dict) for value in flat.values())
-
-
-ALLOWED = {"prior": "none", "steps": 5, "alpha": 1.0, "epsilon": None}
-
-
-@pytest.mark.parametrize("argument", [None, "", ","])
-def test_no_arguments_are_the_defaults(argument):
-    assert parse_arguments(argument, ALLOWED) == ALLOWED
-
-
-def test_arguments_take_the_type_of_their_default():
-    found = parse_arguments("steps=10,alpha=2,prior=a=b", ALLOWED)
-    assert found == {"prior": "a=b", "steps": 10, "alpha": 2.0, "epsilon": None}
-    assert type(found["alpha"]) is float and ALLOWED["steps"] == 5
-    epsilon = parse_arguments("epsilon=0", ALLOWED)["epsilon"]
-    assert epsilon == 0 and type(epsilon) is float
-
-
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [
-        (
-            "step=1",
-            "'step=1': expected name=value with name one of prior, steps, alpha, "
-            "epsilon",
-        ),
-        (
-            "prior",
-            "'prior': expected name=value with name one of prior, steps, alpha, "
-            "epsilon",
-        ),
-        ("steps=1.5", "'steps=1.5': steps is int"),
-        ("alpha=x", "'alpha=x': alpha is float"),
-        ("epsilon=x", "'epsilon=x': epsilon is float"),
-    ],
-)
-def test_wrong_arguments(argument, message):
-    with pytest.raises(UserError) as caught:
-        parse_arguments(f"alpha=1,{argument}", ALLOWED)
-    assert str(caught.value) == f"config argument {message}"
-
-
-def test_a_method_is_a_file_beside_the_configuration(tmp_path):
-    (tmp_path / "methods").mkdir()
-    for name in ("mine", "another"):
-        (tmp_path / "methods" / f"{name}.py").write_text(f"NAME = {name!r}")
-    file = str(tmp_path / "configuration.py")
-    assert method_module(file, "mine").NAME == "mine"
-    for name in ("yours", "../methods/mine", "", "mine.py"):
-        with pytest.raises(UserError) as caught:
-            method_module(file, name)
-        assert str(caught.value) == f"method={name!r}: expected one of another, mine"

@@ -62,6 +62,13 @@ def test_a_phase_has_every_field_at_its_default_but_those_given():
     assert not flat
     assert type(section.rate.head) is float
     assert phase().terms is not phase().terms and not phase().terms
+    same = phase(
+        epochs=3,
+        milestones=(1, 2),
+        rate=ConfigDict({"head": 10}),
+        terms=ConfigDict({"kd": "rho"}),
+    )
+    assert same == section
 
 
 def test_what_is_not_named_is_frozen():
@@ -77,6 +84,7 @@ def test_what_is_not_named_is_frozen():
         ({"epoch": 3}, "phase(epoch=...) is unknown; known: "),
         ({"rate": {"heads": 1.0}}, "phase(rate.heads=...) is unknown; known: "),
         ({"rate": 1.0}, "phase(rate=1.0): expected a dict"),
+        ({"epochs": ConfigDict({"x": 1})}, "phase(epochs={'x': 1}): expected a finite"),
         ({"terms": "kd"}, "phase(terms='kd'): expected a dict"),
         ({"epochs": 3.0}, "phase(epochs=3.0): expected a finite value of type int"),
         ({"decay": float("inf")}, "phase(decay=inf): expected a finite value of type "),
@@ -86,7 +94,7 @@ def test_what_is_not_named_is_frozen():
 def test_mistakes_in_a_phase_of_a_configuration_file(changes, message):
     with pytest.raises(UserError) as caught:
         phase(**changes)
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
 def test_the_default_phases_are_the_paper_s_on_cifar100():
@@ -216,6 +224,22 @@ def test_a_prior_replaces_the_classification_loss_of_every_phase():
     found = resolve(config)
     assert found.phase.last.terms.to_dict() == {"softmax_ce": 0.5, "pod_flat": "rho"}
     assert resolve(found) == found
+
+
+def test_a_phase_may_name_the_loss_that_takes_another_s_place():
+    config = example(last=phase(epochs=1, terms={"softmax_ce": 0.5}))
+    config.model.head = "cosine"
+    config.terms = ConfigDict({"nca": {"weight": 2.0}})
+    assert refusal(config).startswith("config.phase.last.terms.softmax_ce is unknown; ")
+    config.prior = "balanced"
+    found = resolve(config)
+    assert found.phase.last.terms.to_dict() == {"softmax_ce": 0.5}
+    assert resolve(found) == found
+    config.phase.last.terms.nca = 1.0
+    assert refusal(config) == (
+        "config.phase.last.terms.nca=1.0: expected no weight beside that of "
+        "softmax_ce, which takes its place"
+    )
 
 
 def test_the_terms_of_a_phase_have_its_weights_and_the_run_s_options():

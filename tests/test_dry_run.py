@@ -33,7 +33,8 @@ def run(tmp_path):
     c.data.image_size = 8
     c.scenario.base_classes, c.scenario.steps = 2, 1
     c.memory.per_class, c.model.width, c.optim.batch_size = 3, 4, BATCH
-    c.optim.milestones = c.optim.base_milestones = ()
+    for phase in c.phase.values():
+        phase.milestones = ()
     return setup.prepare(resolve(c), tmp_path)
 
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bsce_jax
 from bsce_jax.checkpoints import store
 from bsce_jax.errors import UserError
 from tests import runs
 
-BALANCED = ("--config.prior=balanced", "--config.checkpoint.keep=99")
+KEPT = "--config.checkpoint.keep=99"
+BALANCED = ("--config.prior=balanced", KEPT)
 
 
 @pytest.fixture(scope="module")
@@ -28,25 +28,36 @@ def config(folder) -> pathlib.Path:
 @pytest.fixture(scope="module")
 def balanced(config, folder) -> pathlib.Path:
     workdir = folder / "balanced"
-    runs.run(config, workdir, *BALANCED)
+    runs.here(config, workdir, *BALANCED)
     return workdir
 
 
-def test_a_run_writes_results_pictures_events_and_a_table(config, balanced):
+def failure(capsys, config, workdir, *overrides) -> str:
+    """The line with which a run ends."""
+    runs.here(config, workdir, *overrides, status=2)
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("bsce_jax: ")
+    return line
+
+
+def test_a_run_writes_results_pictures_events_and_a_table(config, balanced, capsys):
     results = runs.results(balanced)
     assert results["status"] == "done" and len(results["steps"]) == 3
     base, first, last = (record["result"] for record in results["steps"])
     assert (base["num_old"], first["num_old"], last["num_seen"]) == (0, 4, 6)
     assert first["counts"] == [3, 3, 3, 3, 8] and last["memory_images"] == 15
-    assert len(last["loss"]) == 2 and last["alpha"] == []
+    assert list(base["phases"]) == ["base"] and list(last["phases"]) == ["incremental"]
+    for values in last["phases"]["incremental"].values():
+        assert len(values) == 2
+    assert last["alpha"] == [] and last["own"] == {}
     accuracies = [record["result"]["top1"] for record in results["steps"]]
     mean = results["summary"]["average_incremental_top1"]
     np.testing.assert_allclose(mean, np.mean(accuracies))
     for picture in ("curves.png", "confusion.png"):
         Image.open(balanced / picture).verify()
     assert list((balanced / "tensorboard").iterdir())
-    again = runs.run(config, balanced, *BALANCED)
-    assert "average incremental accuracy" in again.stdout
+    runs.here(config, balanced, *BALANCED)
+    assert "average incremental accuracy" in capsys.readouterr().out
     assert runs.results(balanced) == results
 
 
@@ -54,20 +65,41 @@ def test_a_step_is_saved_when_it_is_trained_and_when_it_is_finished(balanced):
     """Whatever happens while exemplars are chosen and accuracies measured."""
     folder = balanced / "checkpoints"
     kept = [store.read_meta(folder, n) for n in store.numbers(folder)]
-    found = [(m["step"], m["finished"], m["history"]["updates"]) for m in kept]
-    trained = [(0, 4), (1, 4), (2, 4)]
-    assert found == [(s, end, u) for s, u in trained for end in (False, True)]
+    found = []
+    for meta in kept:
+        ((phase, history),) = meta["histories"]
+        found.append((meta["step"], phase, history["updates"], meta["finished"]))
+    trained = [(0, "base", 4), (1, "incremental", 4), (2, "incremental", 4)]
+    assert found == [(*place, end) for place in trained for end in (False, True)]
 
 
-def test_the_numbers_of_il_baseline_do_not_change(balanced):
-    """Of commit 1f61b28, before there was another method."""
+def losses(workdir) -> list[list[float]]:
+    """Of each step's first phase."""
+    steps = [record["result"]["phases"] for record in runs.results(workdir)["steps"]]
+    return [next(iter(phases.values()))["loss"] for phases in steps]
+
+
+def test_the_command_line_runs_and_its_numbers_do_not_change(config, folder):
+    """Of commit 1f61b28, before there was another method or another phase."""
+    done = runs.run(config, folder / "real", *BALANCED, small=False)
+    assert "average incremental accuracy" in done.stdout
+    assert "step 2/2: 6 classes, top1" in done.stderr
     expected = [
         [1.3578385710716248, 1.3182989358901978],
         [4.743176746368408, 4.742072582244873],
         [5.661604487377664, 5.659922786380934],
     ]
-    found = [record["result"]["loss"] for record in runs.results(balanced)["steps"]]
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    np.testing.assert_allclose(losses(folder / "real"), expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_numbers_of_meta_do_not_change(config, folder):
+    runs.run(config, folder / "real meta", "--config.prior=meta", small=False)
+    expected = [
+        [4.730926990509033, 4.740799903869629],
+        [5.645136496599982, 5.638440637027516],
+    ]
+    np.testing.assert_allclose(losses(folder / "real meta")[1:], expected, rtol=1e-5)
 
 
 def test_all_priors_share_the_base_step_and_its_bits(config, folder, balanced):
@@ -80,7 +112,7 @@ def test_all_priors_share_the_base_step_and_its_bits(config, folder, balanced):
     ):
         workdir = folder / prior
         own = [f"--config.prior={prior}", *more]
-        runs.run(config, workdir, *own, f"--config.init_from={balanced}")
+        runs.here(config, workdir, *own, f"--config.init_from={balanced}")
         results = runs.results(workdir)
         assert results["base_hash"] == shared["base_hash"]
         assert (
@@ -92,49 +124,55 @@ def test_all_priors_share_the_base_step_and_its_bits(config, folder, balanced):
         last, other = results["steps"][-1]["result"], shared["steps"][-1]["result"]
         assert last["parameters_sha256"] != other["parameters_sha256"]
         if prior == "meta":  # one image of each class is held out
-            np.testing.assert_allclose(  # of commit 1f61b28, as above
-                [record["result"]["loss"] for record in results["steps"][1:]],
-                [
-                    [4.730926990509033, 4.740799903869629],
-                    [5.645136496599982, 5.638440637027516],
-                ],
-                rtol=1e-5,
-            )
             assert last["counts"] == [2, 2, 2, 2, 2, 7]
             assert last["alpha"][-1][1] != 1.0
             Image.open(workdir / "alpha.png").verify()
     # Its own base step gives the bits that were taken over.
-    runs.run(config, folder / "alone", "--config.prior=meta")
+    runs.here(config, folder / "alone", "--config.prior=meta")
     alone, taken = runs.results(folder / "alone"), runs.results(folder / "meta")
     for a, b in zip(alone["steps"], taken["steps"], strict=True):
         assert a["result"] == b["result"]
 
 
-def test_init_from_another_base_step_is_refused(config, folder, balanced):
-    failed = runs.run(
-        config,
-        folder / "refused",
-        f"--config.init_from={balanced}",
-        "--config.optim.weight_decay=0.1",
-        status=2,
+@pytest.mark.parametrize("method", ["bic", "ncm"])
+def test_a_method_starts_from_the_base_step_of_il_baseline(folder, balanced, method):
+    """The model's leaves are taken over; what it has of its own is this run's."""
+    (folder / method).mkdir()
+    config = runs.config_file(
+        folder / method, classes=6, base=4, steps=2, epochs=2, method=method
     )
-    line = failed.stderr.strip().splitlines()[-1]
+    # IL-Baseline's data set: the same files.
+    where = f"--config.data.data_dir={folder / 'data'}"
+    taken, alone = folder / method / "taken", folder / method / "alone"
+    runs.here(config, taken, where, f"--config.init_from={balanced}", KEPT)
+    runs.here(config, alone, where, KEPT)
+    ours, theirs, base = (runs.results(path) for path in (taken, alone, balanced))
+    assert ours["base_hash"] == theirs["base_hash"] == base["base_hash"]
+    assert "base_update" not in ours["steps"][-1]["telemetry"]["compiles"]
+    for a, b in zip(ours["steps"], theirs["steps"], strict=True):
+        assert a["result"] == b["result"]
+    first = store.numbers(taken / "checkpoints")[0]
+    assert store.read_meta(taken / "checkpoints", first)["finished"]
+
+
+def test_init_from_another_base_step_is_refused(config, folder, balanced, capsys):
+    overrides = (f"--config.init_from={balanced}", "--config.optim.weight_decay=0.1")
+    line = failure(capsys, config, folder / "refused", *overrides)
     assert "config.init_from" in line and "weight_decay" in line
 
 
-def test_a_workdir_of_another_configuration_is_refused(config, balanced):
-    failed = runs.run(config, balanced, "--config.prior=none", status=2)
-    line = failed.stderr.strip().splitlines()[-1]
+def test_a_workdir_of_another_configuration_is_refused(config, balanced, capsys):
+    line = failure(capsys, config, balanced, "--config.prior=none")
     assert "prior: 'balanced' there, 'none' here" in line
-    failed = runs.run(config, balanced, "--config.model.width=5", status=2)
-    assert "another configuration" in failed.stderr.strip().splitlines()[-1]
+    line = failure(capsys, config, balanced, "--config.model.width=5")
+    assert "another configuration" in line
 
 
 def test_load_predicts_and_the_command_line_prints_names(balanced, folder, capsys):
     from bsce_jax import predict
     from bsce_jax.data import resident
 
-    predictor = bsce_jax.load(balanced)
+    predictor = runs.load(balanced)
     arrays = resident.load("blobs", "test", str(folder / "data"))
     found = predictor(arrays.images)
     np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, rtol=1e-5)
@@ -143,14 +181,16 @@ def test_load_predicts_and_the_command_line_prints_names(balanced, folder, capsy
     labels = np.array([position[int(label)] for label in arrays.labels])
     correct = 100 * np.mean(found.probabilities.argmax(axis=1) == labels)
     np.testing.assert_allclose(correct, results["steps"][-1]["result"]["top1"])
-    assert bsce_jax.load(balanced, step=0).class_names == predictor.class_names[:4]
+    assert runs.load(balanced, step=0).class_names == predictor.class_names[:4]
     Image.fromarray(arrays.images[0, :, :, 0]).save(folder / "image.png")
-    assert predict.main([str(balanced), str(folder / "image.png")]) == 0
-    assert capsys.readouterr().out.strip().startswith(f"{folder}/image.png: ")
-    assert predict.main([str(balanced), str(folder / "none.png")]) == 2
-    assert "none.png" in capsys.readouterr().err
+    with runs.small_network():
+        assert predict.main([str(balanced), str(folder / "image.png")]) == 0
+        assert predict.main([str(balanced), str(folder / "none.png")]) == 2
+    shown = capsys.readouterr()
+    assert shown.out.strip().startswith(f"{folder}/image.png: ")
+    assert "none.png" in shown.err
     with pytest.raises(UserError, match="step=7"):
-        bsce_jax.load(balanced, step=7)
+        runs.load(balanced, step=7)
     with pytest.raises(UserError, match="expected uint8"):
         predictor(arrays.images.astype(np.float32))
 
@@ -163,7 +203,7 @@ def test_many_files_are_predicted_in_batches(balanced, folder, capsys, monkeypat
     paths = [str(folder / f"{i}.png") for i in range(2)]
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
-    predictor, sizes = predict.load(balanced), []
+    predictor, sizes = runs.load(balanced), []
 
     def counted(images):
         sizes.append(len(images))
@@ -200,53 +240,45 @@ def test_a_file_that_is_no_image_is_one_line(tmp_path, content, reason):
         assert "\n" not in str(e.value)
 
 
-def test_pmap_gives_the_results_of_jit(config, folder, balanced):
-    """Eight devices, in another order of summation: accuracies within rounding."""
-    workdir = folder / "pmap"
-    runs.run(
-        config,
-        workdir,
-        "--config.prior=balanced",
-        "--config.parallel=pmap",
-        devices=8,
-    )
-    one, eight = runs.results(balanced), runs.results(workdir)
-    for a, b in zip(one["steps"], eight["steps"], strict=True):
-        np.testing.assert_allclose(a["result"]["loss"], b["result"]["loss"], rtol=2e-3)
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_eight_devices_give_the_results_of_one(config, folder, balanced, mode):
+    """In another order of summation: losses within rounding."""
+    overrides = ("--config.prior=balanced", f"--config.parallel={mode}")
+    runs.here(config, folder / mode, *overrides, devices=8)
+    np.testing.assert_allclose(losses(folder / mode), losses(balanced), rtol=2e-3)
 
 
-def test_the_plan_is_printed_without_training(config, folder):
+def test_the_plan_is_printed_without_training(config, folder, capsys):
     workdir = folder / "plan"
-    done = runs.run(config, workdir, "--config.print_plan", "--config.prior=balanced")
+    runs.here(config, workdir, "--config.print_plan", "--config.prior=balanced")
     assert not (workdir / "results.json").exists()
-    lines = done.stdout.splitlines()
-    assert lines[3].split()[:6] == ["1", "main", "5", "20", "12", "3..8"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split()[:6] == ["1", "incremental", "5", "20", "12", "3..8"]
     assert "ms: about" in lines[-1] and "MiB" in lines[-1]
 
 
 @pytest.mark.parametrize(
     ("base_rate", "rate", "words"),
     [
-        ("1e30", "0.1", "the loss is nan in step 0 at update 1; last good: none"),
-        ("1e8", "0.1", "the network is not finite in step 0 after update"),
-        ("0.1", "1e30", "in step 1 at update 1; last good: checkpoint 5 in"),
+        ("1e30", "0.1", "is nan in step 0, phase base at update 1; last good: none"),
+        ("1e18", "0.1", "the network is not finite in step 0, phase base after update"),
+        ("0.1", "1e30", "1, phase incremental at update 1; last good: checkpoint 5 in"),
     ],
 )
 def test_nan_stops_the_run_and_names_step_and_update(
-    config, folder, base_rate, rate, words
+    config, folder, capsys, base_rate, rate, words
 ):
-    rates = (f"optim.base_learning_rate={base_rate}", f"optim.learning_rate={rate}")
-    overrides = [f"--config.{field}" for field in rates]
-    failed = runs.run(config, folder / f"nan{base_rate}", *overrides, status=2)
-    line = failed.stderr.strip().splitlines()[-1]
+    rates = {"base": base_rate, "incremental": rate}
+    overrides = [f"--config.phase.{n}.learning_rate={r}" for n, r in rates.items()]
+    line = failure(capsys, config, folder / f"nan{base_rate}", *overrides)
     assert line.startswith("bsce_jax: the ") and words in line
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("--config.optim.epoch=3", ["unknown", "epoch"]),
-        ("--config.optim.epochs=1e2", ["config.optim.epochs=1e2"]),
+        ("--config.phase.base.epoch=3", ["unknown", "epoch"]),
+        ("--config.phase.base.epochs=1e2", ["config.phase.base.epochs=1e2"]),
         ("--config.terms=1", ["config.terms=1"]),
         ("--config.terms.kd.weight=half", ["terms.kd.weight='half'", "rho"]),
         ("--config.prior=other", ["config.prior='other'", "balanced"]),
@@ -254,7 +286,7 @@ def test_nan_stops_the_run_and_names_step_and_update(
         ("--config.scenario.steps=5", ["5"]),
         ("--config.scenario.class_order=best", ["best"]),
         ("--config.data.name=nothing", ["nothing"]),
-        ("--config.optim.milestones=(3,1)", ["milestones", "ascending"]),
+        ("--config.phase.base.milestones=(3,1)", ["milestones", "ascending"]),
         ("--workdri=x", ["workdri"]),
         ("--config.model.name=vgg", ["vgg", "resnet"]),
     ],

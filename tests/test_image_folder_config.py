@@ -17,9 +17,10 @@ OVERRIDES = (
     "--config.model.conv_chunks=1",
     "--config.evaluation.batch_size=16",
     "--config.optim.batch_size=8",
-    "--config.optim.epochs=6",
-    "--config.optim.milestones=(4,)",
-    "--config.optim.base_epochs=2",
+    "--config.phase.incremental.epochs=6",
+    "--config.phase.incremental.milestones=(4,)",
+    "--config.phase.base.epochs=2",
+    "--config.phase.base.milestones=()",
     "--config.meta.every=2",
     "--config.meta.batch_size=4",
     "--config.checkpoint.minutes=0",
@@ -39,8 +40,7 @@ def write_photos(folder):
             image.save(folder / f"bird{label}" / f"{i}.jpg")
 
 
-def test_a_folder_is_learned_with_the_bits_of_a_run_not_killed(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+def test_a_folder_is_learned_with_the_bits_of_a_run_not_killed(tmp_path):
     write_photos(tmp_path / "birds")
     data = str(tmp_path / "data")
     words = ["image_folder", "--name", "birds", "--train", str(tmp_path / "birds")]
@@ -56,8 +56,8 @@ def test_a_folder_is_learned_with_the_bits_of_a_run_not_killed(tmp_path, monkeyp
     folder = tmp_path / "killed" / "checkpoints"
     meta = store.read_meta(folder, newest(tmp_path / "killed"))
     assert meta["step"] == 1 and not meta["finished"]
-    runs.run(config, tmp_path / "killed", *overrides)
-    runs.run(config, tmp_path / "whole", *overrides)
+    runs.here(config, tmp_path / "killed", *overrides)
+    runs.here(config, tmp_path / "whole", *overrides)
     assert deterministic(tmp_path / "killed") == deterministic(tmp_path / "whole")
 
     found = runs.results(tmp_path / "killed")

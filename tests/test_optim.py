@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bsce_jax.compute import optim
+from tests.step_example import EVERY_GROUP
 from tests.tiny import TinyNet
 
+NOTHING = dict.fromkeys(EVERY_GROUP, 0.0)
 SHAPES = {"conv": {"kernel": (3, 2)}, "head": {"kernel": (2, 5), "bias": (5,)}}
 RATES = (0.1, 0.1, 0.01, 0.5, 0.03)
 
@@ -51,7 +53,8 @@ def flat(tree) -> dict:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def update(momentum, decay, params, state, gradient, rate, scale):
-    direction, state = optim.sgd(momentum, decay).update(gradient, state, params)
+    chain = optim.sgd(momentum, decay)
+    direction, state = chain.update(gradient, state, params, decay=1.0)
     return optim.apply(params, direction, rate, scale), state
 
 
@@ -90,7 +93,7 @@ def test_rows_that_are_not_trained_stay_still_against_decay_and_momentum():
     params = jax.tree.map(np.float32, random(0))
     gradients = [jax.tree.map(np.float32, random(i)) for i in (1, 2, 3)]
     trained = np.array([True, False, True, True, False])
-    scale = optim.update_scale(params, trained)
+    scale = optim.update_scale(params, EVERY_GROUP, trained)
     found = flat(train(0.9, 0.5, params, gradients, RATES[:3], scale))
     expected = torch_sgd(
         flat(jax.tree.map(np.float64, params)),
@@ -135,7 +138,7 @@ def test_update_scale_follows_the_class_axis_of_the_head():
         jax.random.key(0),
         jnp.zeros((1, 8, 8, 1)),
     )["params"]
-    scale = optim.update_scale(shapes, trained)
+    scale = optim.update_scale(shapes, EVERY_GROUP, trained)
     assert jax.tree.structure(scale) == jax.tree.structure(shapes)
     assert set(scale["head"]) == {"kernel", "bias"}
     for (path, factor), value in zip(
@@ -150,25 +153,111 @@ def test_update_scale_follows_the_class_axis_of_the_head():
             assert factor.size == 1 and factor.item() == 1
 
 
+PARAMS = {
+    "stem": {"conv": {"kernel": np.zeros((3, 2))}, "norm": {"scale": np.zeros(2)}},
+    "block_norm": {"bias": np.zeros(2)},
+    "auxiliary": {"dense": {"kernel": np.zeros((2, 4))}},
+    "auxiliary_block": {"norm": {"scale": np.zeros(2)}},
+    "head": {"kernel": np.zeros((2, 4, 3)), "scale": np.zeros(())},
+    "own": {"scale": np.zeros(()), "head": {"kernel": np.zeros((2, 3))}},
+}
+GROUPS = {
+    "['stem']['conv']['kernel']": "convolutions",
+    "['stem']['norm']['scale']": "batch_norms",
+    "['block_norm']['bias']": "batch_norms",
+    "['auxiliary']['dense']['kernel']": "auxiliary",
+    "['auxiliary_block']['norm']['scale']": "auxiliary",
+    "['head']['kernel']": "head",
+    "['head']['scale']": "scale",
+    "['own']['scale']": "own",
+    "['own']['head']['kernel']": "own",
+}
+
+
+def test_every_parameter_is_in_a_group():
+    leaves = jax.tree_util.tree_leaves_with_path(PARAMS)
+    found = {jax.tree_util.keystr(path): optim.group(path) for path, _ in leaves}
+    assert found == GROUPS and set(GROUPS.values()) == set(EVERY_GROUP)
+
+
+@pytest.mark.parametrize("name", EVERY_GROUP)
+def test_a_group_has_a_rate_of_its_own(name):
+    """Frozen alone, or faster alone; rows of the head besides."""
+    rows = np.array([True, True, False])
+    for rates in ({**EVERY_GROUP, name: 0.0}, {**NOTHING, name: 10.0}):
+        scale = flat(optim.update_scale(PARAMS, rates, rows))
+        for path, group in GROUPS.items():
+            value = PARAMS
+            for key in path[2:-2].split("']['"):
+                value = value[key]
+            assert scale[path].ndim == value.ndim and scale[path].dtype == np.float32
+            expected = np.full((1,) * value.ndim, rates[group], np.float32)
+            expected = expected * rows if group == "head" else expected
+            np.testing.assert_array_equal(scale[path], expected)
+
+
 def test_update_scale_of_fine_tuning_moves_the_rows_of_the_head_alone():
     params = {
         "stem": {"kernel": np.zeros((3, 2))},
         "head": {"kernel": np.zeros((2, 4, 3)), "scale": np.zeros(())},
     }
     trained = np.array([True, True, False])
-    scale = optim.update_scale(params, trained, rest=0.0, scalars=0.0)
+    scale = optim.update_scale(params, {**NOTHING, "head": 1.0}, trained)
     assert scale["stem"]["kernel"].item() == 0.0
     assert scale["head"]["scale"].shape == () and scale["head"]["scale"] == 0.0
     np.testing.assert_array_equal(scale["head"]["kernel"], [[[1, 1, 0]]])
-    assert optim.update_scale(params, trained)["head"]["scale"] == 1.0
+    assert optim.update_scale(params, EVERY_GROUP, trained)["head"]["scale"] == 1.0
 
 
 def test_clipping_comes_before_weight_decay_entry_by_entry():
     params = {"w": np.array([10.0, -10.0, 1.0], np.float32)}
     gradient = {"w": np.array([7.0, -7.0, 3.0], np.float32)}
+    params, gradient = {"layer": params}, {"layer": gradient}
     chain = optim.sgd(0.0, 0.1, clip=5.0)
-    direction, _ = chain.update(gradient, chain.init(params), params)
-    np.testing.assert_allclose(direction["w"], [6.0, -6.0, 3.1], rtol=1e-6)
+    direction, _ = chain.update(gradient, chain.init(params), params, decay=1.0)
+    np.testing.assert_allclose(direction["layer"]["w"], [6.0, -6.0, 3.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("decayed", ["all", "kernels"])
+def test_what_decays(decayed):
+    """A method's own never; biases and scales, which have one axis, with "all"."""
+    gradient = jax.tree.map(np.float32, PARAMS)
+    params = jax.tree.map(lambda leaf: leaf + np.float32(2), gradient)
+    chain = optim.sgd(0.9, 0.1, decayed=decayed)
+    found, _ = chain.update(gradient, chain.init(params), params, decay=0.5)
+    for path, direction in flat(found).items():
+        kernel = direction.ndim > 1 or decayed == "all"
+        expected = 0.1 if kernel and GROUPS[path] != "own" else 0.0
+        np.testing.assert_allclose(direction, expected, rtol=1e-6)
+
+
+def test_noise_has_its_deviation_and_spares_a_method_s_own():
+    gradient = {"stem": {"kernel": np.ones((100, 200), np.float32)}}
+    gradient["own"] = {"scale": np.ones(50, np.float32)}
+    gradient["other"] = {"kernel": np.ones((100, 200), np.float32)}
+    add = jax.jit(optim.noise)
+    key, deviation = jax.random.key(0), np.float32(0.3)
+    found = add(key, gradient, deviation)
+    parts = [np.asarray(found[n]["kernel"]) - 1 for n in ("stem", "other")]
+    for part in parts:
+        assert abs(part.std() - 0.3) < 0.01 and abs(part.mean()) < 0.01
+    assert abs(np.corrcoef(parts[0].ravel(), parts[1].ravel())[0, 1]) < 0.03
+    np.testing.assert_array_equal(found["own"]["scale"], 1)
+    jax.tree.map(np.testing.assert_array_equal, found, add(key, gradient, deviation))
+    other = add(jax.random.key(1), gradient, deviation)
+    assert np.any(other["stem"]["kernel"] != found["stem"]["kernel"])
+    jax.tree.map(np.testing.assert_array_equal, add(key, gradient, 0.0), gradient)
+
+
+def test_noise_falls_from_epoch_to_epoch():
+    """As the authors', who count from 1: scale / (1 + epoch)^0.55."""
+    noise = optim.Noise(0.3, 1)
+    found = [float(noise.deviation(jnp.asarray(e))) for e in range(4)]
+    expected = [0.3 / (1 + e) ** 0.55 for e in (1, 2, 3, 4)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    slow = optim.Noise(0.3, 3)  # three passes are one epoch
+    found = [float(slow.deviation(jnp.asarray(e))) for e in (0, 1, 2, 3, 5, 6)]
+    np.testing.assert_allclose(found, np.array(expected)[[0, 0, 0, 1, 1, 2]], rtol=1e-6)
 
 
 def test_lagged_cosine_is_the_scheduler_stepped_at_the_end_of_each_epoch():
@@ -180,13 +269,6 @@ def test_lagged_cosine_is_the_scheduler_stepped_at_the_end_of_each_epoch():
     found = [optim.lagged_cosine(rate, e, epochs) for e in range(epochs)]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert found[0] == found[1] > found[2]
-
-
-def test_another_name_of_the_head():
-    params = {"head": {"w": np.zeros((2, 3))}, "proxies": {"w": np.zeros((2, 3))}}
-    scale = optim.update_scale(params, np.array([True, False, True]), head="proxies")
-    assert scale["head"]["w"].shape == (1, 1)
-    np.testing.assert_array_equal(scale["proxies"]["w"], [[1, 0, 1]])
 
 
 def test_the_optimisers_of_alpha():

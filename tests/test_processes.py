@@ -52,6 +52,9 @@ def started(commands, devices: int) -> Iterator[list[subprocess.Popen]]:
 PATCHED = """
 import sys
 from bsce_jax import main
+from bsce_jax.run import programs
+from tests import small
+programs.build_model = small.build_model
 {patch}
 main.log_to_stderr()
 sys.exit(main.main(sys.argv))
@@ -90,15 +93,17 @@ def wait_for(workdir, number: int, processes) -> None:
             assert process.poll() is None, process.communicate()[1]
 
 
-def test_two_processes_compute_what_one_device_does(tmp_path):
-    """Every loss, with Meta and without, three updates in float64; a whole set."""
+@pytest.mark.parametrize("cases", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_two_processes_compute_what_one_device_does(tmp_path, cases):
+    """Three updates in float64; a whole set; `all`: every loss, with Meta and not."""
     address = free_address()
     commands = [
-        [sys.executable, "-m", "tests.process_worker", address, str(i), str(tmp_path)]
+        [sys.executable, "-m", "tests.process_worker"]
+        + [address, str(i), str(tmp_path), cases]
         for i in range(2)
     ]
     with started(commands, 4) as processes:
-        expected = process_worker.everything(jax.devices()[:1])
+        expected = process_worker.everything(jax.devices()[:1], cases)
         for process in processes:
             _, errors = process.communicate(timeout=400)
             assert process.returncode == 0, errors
@@ -106,7 +111,7 @@ def test_two_processes_compute_what_one_device_does(tmp_path):
     assert first["largest"].tolist() == second["largest"].tolist() == [1, 7]
     assert first["local rows"].tolist() == list(range(8))
     assert second["local rows"].tolist() == list(range(8, 16))
-    assert len(expected) > 60
+    assert len(expected) > {"few": 20, "all": 60}[cases]
     for name, value in expected.items():
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
         if value.dtype.kind == "f":
@@ -128,7 +133,7 @@ def baseline(tmp_path_factory):
 def undisturbed(baseline):
     """One process, one device."""
     workdir = baseline.parent / "undisturbed"
-    runs.run(baseline, workdir, EVERY_UPDATE)
+    runs.here(baseline, workdir, EVERY_UPDATE)
     return workdir
 
 
@@ -140,8 +145,16 @@ def same_run(workdir, other, hashes: bool = True) -> None:
         assert ours[name] == theirs[name]
     for a, b in zip(ours["steps"], theirs["steps"], strict=True):
         for name, value in b["result"].items():
-            if name in ("loss", "finetune_loss", "alpha"):
+            if name == "alpha":
                 np.testing.assert_allclose(a["result"][name], value, rtol=1e-3)
+            elif name == "phases":
+                assert a["result"][name].keys() == value.keys()
+                for phase, found in value.items():
+                    ours_of = a["result"][name][phase]
+                    np.testing.assert_allclose(
+                        ours_of["loss"], found["loss"], rtol=1e-3
+                    )
+                    assert ours_of["accuracy"] == pytest.approx(found["accuracy"])
             elif name not in ("parameters_sha256", "confusion"):
                 assert a["result"][name] == pytest.approx(value), name
     rankings = [ranking(folder) for folder in (workdir, other)]
@@ -166,7 +179,7 @@ def ranking(workdir) -> np.ndarray:
 def test_a_run_of_two_processes_is_that_of_one_device(tmp_path, method, devices, mode):
     """All phases: new head rows, exemplars, fine-tuning, evaluation."""
     config = runs.config_file(tmp_path, classes=6, base=4, steps=2, method=method)
-    overrides = ("--config.finetune.epochs=2", EVERY_UPDATE)
+    overrides = ("--config.phase.finetune.epochs=2", EVERY_UPDATE)
     parallel = f"--config.parallel={mode}"
     workdir = tmp_path / "two"
     with together(config, workdir, *overrides, parallel, devices=devices) as processes:
@@ -177,7 +190,7 @@ def test_a_run_of_two_processes_is_that_of_one_device(tmp_path, method, devices,
     (table, log), (other_table, other_log) = printed
     assert "average incremental accuracy" in table and "step 2/2" in log
     assert "average" not in other_table and "step" not in other_log  # the first alone
-    runs.run(config, tmp_path / "one", *overrides, parallel)
+    runs.here(config, tmp_path / "one", *overrides, parallel)
     same_run(workdir, tmp_path / "one")
     assert runs.results(workdir)["steps"][0]["telemetry"]["processes"] == 2
 
@@ -196,10 +209,11 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(baseline, undisturb
     assert line.startswith("bsce_jax: process 0 ends: process 1 is gone")
     assert line.endswith("continues from the last checkpoint")
     assert not (workdir / "results.json").exists() or newest(workdir) < 15
-    runs.run(baseline, workdir, EVERY_UPDATE, devices=2)
+    runs.here(baseline, workdir, EVERY_UPDATE, devices=2)
     same_run(workdir, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_death_of_the_first_process_is_noticed_at_once(baseline):
     workdir = baseline.parent / "first"
     with together(baseline, workdir, EVERY_UPDATE) as processes:
@@ -212,6 +226,7 @@ def test_the_death_of_the_first_process_is_noticed_at_once(baseline):
     assert "bsce_jax: process 1 ends: process 0 is gone" in errors
 
 
+@pytest.mark.slow
 def test_sigterm_at_different_moments_stops_all_at_one_update(baseline, undisturbed):
     workdir = baseline.parent / "terminated"
     with together(baseline, workdir, EVERY_UPDATE) as processes:
@@ -226,7 +241,8 @@ def test_sigterm_at_different_moments_stops_all_at_one_update(baseline, undistur
     (where,) = re.findall(r"stopped in step (\d) after update (\d+); saved", printed[0])
     step, update = map(int, where)
     meta = store.read_meta(workdir / "checkpoints", newest(workdir))
-    assert (meta["step"], meta["history"]["updates"]) == (step, update)
+    ((_, history),) = meta["histories"]
+    assert (meta["step"], history["updates"]) == (step, update)
     with together(baseline, workdir, EVERY_UPDATE) as processes:
         for process in processes:
             _, errors = process.communicate(timeout=200)
@@ -246,9 +262,10 @@ def test_an_error_of_one_process_is_told_to_the_others(baseline):
     assert not any("same command" in error for error in errors)
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_at_once_has_one_status(baseline):
     workdir = baseline.parent / "not finite"
-    overrides = ("--config.optim.base_learning_rate=1e30", EVERY_UPDATE)
+    overrides = ("--config.phase.base.learning_rate=1e30", EVERY_UPDATE)
     with together(
         baseline, workdir, "--config.deterministic=true", *overrides
     ) as processes:
@@ -256,23 +273,26 @@ def test_an_error_of_all_processes_at_once_has_one_status(baseline):
     assert [process.returncode for process in processes] == [2, 2], errors
     for error in errors:
         (line,) = [line for line in error.splitlines() if line.startswith("bsce_jax:")]
-        assert re.match("bsce_jax: the loss is (nan|inf) in step 0 at update", line)
+        assert re.match(
+            "bsce_jax: the loss is (nan|inf) in step 0, phase base at ", line
+        )
         assert "last good: " in line
 
 
 SLOW_SAVE = """
 import pathlib, time
-from bsce_jax import checkpoint
+from bsce_jax.checkpoints import store
 
-def slow(directory, number, *arguments, save=checkpoint.save, **options):
+def slow(directory, number, *arguments, save=store.save, **options):
     pathlib.Path(directory, "..", "saving").resolve().write_text(str(number))
     time.sleep(4.0)
     save(directory, number, *arguments, **options)
 
-checkpoint.save = slow
+store.save = slow
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_being_written_is_completed_when_another_process_dies(baseline):
     workdir = baseline.parent / "slow"
     saving = workdir / "saving"
@@ -290,21 +310,22 @@ def test_a_checkpoint_being_written_is_completed_when_another_process_dies(basel
 
 INTERRUPTED = """
 import os, signal
-from bsce_jax import session
+from bsce_jax import experiment
 
 # Where the tests run in the background it is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-def save(*arguments, original=session.save, **options):
+def save(*arguments, original=experiment.save, **options):
     original(*arguments, **options)
     if "--process_id=1" in sys.argv:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-session.save = save
+experiment.save = save
 """
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_of_one_process_ends_the_others(baseline):
     workdir = baseline.parent / "interrupted"
     with together(baseline, workdir, EVERY_UPDATE, patch=INTERRUPTED) as processes:

@@ -1,9 +1,7 @@
-"""The runner of the paper's tables: cells to runs, shared base steps, going on."""
+"""The runner of the paper's tables: shared base steps, going on, the command."""
 
-import dataclasses
 import json
 import pathlib
-import subprocess
 import sys
 import textwrap
 import time
@@ -11,178 +9,20 @@ import time
 import pytest
 from etils import epath
 
-from bsce_jax.config.flags import parse
-from bsce_jax.config.hashes import config_hash
-from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
 from bsce_jax.hosts.workdir import lock
-from bsce_jax.report import published, results
+from bsce_jax.report import results
 from bsce_jax.reproduce import __main__ as command
-from bsce_jax.reproduce import manifest, process, runner, tables
-from bsce_jax.reproduce.tables import (
-    Chosen,
-    Job,
-    TableCell,
-    by_base_step,
-    configs_folder,
-    cost,
-    expand,
-    share,
-)
-from tests import runs
+from bsce_jax.reproduce import process, runner, tables
+from bsce_jax.reproduce.tables import Job, expand
+from tests import example_jobs
+from tests.example_jobs import fake
 from tests.example_results import make_results
-
-CONFIG = """
-from bsce_jax.config import (
-    COMMON_ARGUMENTS,
-    apply_arguments,
-    default_config,
-    method_module,
-)
-
-def get_config(argument=None):
-    c = default_config()
-    apply_arguments(c, argument, COMMON_ARGUMENTS)
-    method_module({method_file!r}, c.method).configure(c, "digits")
-    c.data.name, c.data.data_dir = "blobs", {data_dir!r}
-    c.data.mean, c.data.std, c.data.padding, c.data.flip = (0.5,), (0.5,), 1, False
-    c.scenario.base_classes, c.scenario.steps = 4, 2
-    c.memory.per_class = 3
-    c.model.width = 4
-    c.model.conv_chunks = 1
-    c.optim.batch_size = 16
-    c.phase.base.epochs, c.phase.base.milestones = 2, (1,)
-    c.phase.incremental.epochs, c.phase.incremental.milestones = 1, (1,)
-    c.meta.every, c.meta.batch_size = 2, 8
-    return c
-"""
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> pathlib.Path:
-    """A configuration of CIFAR-100's arguments for a data set of six classes."""
-    folder = tmp_path_factory.mktemp("reproduce")
-    runs.blobs(folder / "data", 6)
-    path = folder / "small.py"
-    path.write_text(
-        CONFIG.format(
-            method_file=str(runs.ROOT / "configs" / "x.py"),
-            data_dir=str(folder / "data"),
-        )
-    )
-    return path
-
-
-def chosen(small, tables=("table5",), **changes) -> Chosen:
-    values = {
-        "tables": tuple(tables),
-        "dataset": "cifar100",
-        "rows": (),
-        "columns": (),
-        "seeds": 1,
-        "files": {"cifar100": str(small)},
-        "overrides": (),
-        "folder": configs_folder(),
-    }
-    return Chosen(**{**values, **changes})
-
-
-def test_every_chosen_cell_has_its_jobs_or_a_reason(small):
-    found = expand(chosen(small, ("table1", "table5"), seeds=2))
-    paper = published.load()
-    expected = [
-        (key, row.key, column.key)
-        for key in ("table1", "table5")
-        for row in paper[key].rows
-        for column in paper[key].columns
-        if column.key.startswith(("cifar100", "5-", "10-"))
-    ]
-    assert [(c.table, c.row, c.column) for c in found] == expected
-    for cell in found:
-        assert (len(cell.jobs), bool(cell.missing)) in ((2, False), (0, True))
-        assert [job.seed for job in cell.jobs] in ([], [0, 1])
-    reasons = {cell.row: cell.missing for cell in found if cell.missing}
-    assert "the method mnemonics does not exist here yet" in reasons.values()
-
-
-def test_cells_of_one_configuration_share_their_job(small):
-    found = expand(chosen(small, ("table1", "table5")))
-    by_key = {(c.table, c.row, c.column): c.jobs for c in found}
-    (job,) = by_key["table5", "alpha-1.0", "5-average"]
-    assert by_key["table5", "alpha-1.0", "5-final"] == (job,)
-    assert by_key["table1", "il_baseline_balanced", "cifar100-5"] == (job,)
-    names = {j.name: j.config_hash for jobs in by_key.values() for j in jobs}
-    assert len(set(names.values())) == len(names)
-    (other,) = by_key["table5", "alpha-0.5", "5-average"]
-    assert other.base_hash == job.base_hash and other.config_hash != job.config_hash
-    assert job.updates > job.base_updates > 0
-
-
-def test_a_cell_whose_configuration_is_refused_says_why(small):
-    found = expand(
-        chosen(small, ("table4",), overrides=("--config.memory.per_class=1",))
-    )
-    meta = {cell.missing for cell in found if cell.row.endswith("meta")}
-    assert len(meta) == 1 and "at least 2 for prior=meta" in meta.pop()
-    wrong = "config.phase.incremental.epochs=-1"
-    with pytest.raises(UserError, match=f"nothing can be run: {wrong}"):
-        expand(chosen(small, overrides=(f"--{wrong}",)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tables": ("table9",)}, "table 'table9': expected one of table1, table2"),
-        ({"rows": ("mine",)}, "row 'mine' of table5: one of alpha-0.1"),
-        ({"columns": ("mine",)}, "column 'mine' of table5: one of 5-final_base"),
-        ({"dataset": "mnist"}, "--dataset 'mnist' of table5: one of cifar100"),
-        (
-            {"tables": ("table1", "table5"), "rows": ("alpha-0.5", "podnett")},
-            "row 'podnett' of table1, table5: one of ",
-        ),
-        (
-            {"files": {"cifar10": "cifar100_cpu"}},
-            "--file 'cifar10' of table5: one of cifar100",
-        ),
-        ({"files": {"cifar100": "none"}}, "none.py does not exist yet"),
-    ],
-)
-def test_a_wrong_choice_is_one_line(small, changes, message):
-    with pytest.raises(UserError, match=message):
-        expand(chosen(small, **changes))
-
-
-def fake(name: str, base: str, updates: int = 10, base_updates: int = 4) -> Job:
-    return Job(name, 0, (), f"hash of {name}", base, updates, base_updates)
-
-
-def test_shares_keep_base_steps_together_and_lose_nothing():
-    jobs = [fake(f"{b}{i}", b, 10 + i) for b in "abcde" for i in range(3)]
-    for count in (1, 2, 3, 5):
-        parts = [share(jobs, i + 1, count) for i in range(count)]
-        assert sorted(j.name for part in parts for j in part) == sorted(
-            j.name for j in jobs
-        )
-        bases = [{j.base_hash for j in part} for part in parts]
-        assert sum(map(len, bases)) == 5  # no base step in two parts
-        assert max(map(load, parts)) - min(map(load, parts)) <= load(jobs) / 5
-
-
-def test_a_base_step_with_more_runs_than_a_share_is_cut():
-    """Four runs of 96 updates and a base step of 4, beside one small run."""
-    large = [fake(f"a{i}", "a", 100) for i in range(4)]
-    jobs = [*large, fake("b0", "b", 14)]
-    parts = [share(jobs, i + 1, 4) for i in range(4)]
-    assert sorted(j.name for p in parts for j in p) == ["a0", "a1", "a2", "a3", "b0"]
-    assert sorted(map(load, parts)) == [100, 100, 100, 114]
-    weighed = [fake("a", "a", 100), *(fake(f"b{i}", f"b{i}", 10) for i in range(3))]
-    wide = dataclasses.replace(weighed[1], pixels=10)
-    (first,), others = (share([wide, *weighed[2:]], i, 2) for i in (1, 2))
-    assert first == wide and len(others) == 2  # ten times the work of the others
-
-
-def load(part) -> int:
-    return sum(map(cost, by_base_step(part)))
+    return example_jobs.write_config(tmp_path_factory.mktemp("reproduce"))
 
 
 # The runner, with scripts in place of runs.
@@ -364,56 +204,6 @@ def test_time_left_is_that_of_what_this_call_has_done(scripted, tmp_path):
     assert made.progress() == "0/2 runs, 44.0 %, about 22.4 h left"
 
 
-# The list of cells that the report is made from.
-
-
-ROWS = {"a": "il_baseline", "b": "lucir", "c": "podnet", "d": "il_baseline_meta"}
-
-
-def listed(folder, *names: str, protocol="full", **states):
-    found = [
-        TableCell("table1", ROWS.get(name, name), "cifar100-5", "", (fake(name, "a"),))
-        for name in names
-    ]
-    manifest.write(folder, protocol, found, states)
-    written = json.loads((folder / manifest.NAME).read_text())
-    return {run["name"]: run["status"] for c in written["cells"] for run in c["runs"]}
-
-
-def test_cells_of_earlier_commands_stay_in_the_manifest(tmp_path):
-    assert listed(tmp_path, "a", "b", a="done", b="failed") == {
-        "a": "done",
-        "b": "failed",
-    }
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    (tmp_path / "runs" / "a" / "results.json").write_text(json.dumps(make_results()))
-    known = {"a": "done", "b": "failed", "c": "running"}
-    assert listed(tmp_path, "c", c="elsewhere") == known
-    assert listed(tmp_path, "b", b="to do") == known | {"b": "to do", "c": "to do"}
-    assert listed(tmp_path, "d", protocol="reduced: x", d="done") == {"d": "done"}
-    # A row that has gone from the paper's tables would cost the page.
-    found = listed(tmp_path, "gone", protocol="reduced: x", gone="done")
-    assert found == {"d": "to do", "gone": "done"}
-    found = listed(tmp_path, "a", protocol="reduced: x", a="to do")
-    assert found == {"d": "to do", "a": "to do"}
-
-
-def test_many_processes_may_write_one_manifest(tmp_path):
-    code = (
-        "import sys; from etils import epath; from bsce_jax.report import results\n"
-        "target = epath.Path(sys.argv[1])\n"
-        "for _ in range(300): results.replace(target, sys.argv[2], shared=True)"
-    )
-    empty = json.dumps({"schema": 1, "protocol": "full", "cells": []})
-    arguments_ = [sys.executable, "-c", code, str(tmp_path / manifest.NAME), empty]
-    other = subprocess.Popen(arguments_, cwd=runs.ROOT)
-    while other.poll() is None:
-        manifest.write(tmp_path, "full", [], {})
-    assert other.returncode == 0
-    assert json.loads((tmp_path / manifest.NAME).read_text())["cells"] == []
-    assert [path.name for path in tmp_path.iterdir()] == [manifest.NAME]
-
-
 # The command.
 
 
@@ -457,17 +247,15 @@ def test_real_runs_of_a_table_are_reported_and_not_run_again(small, tmp_path, ca
     assert [(w / "results.json").stat().st_mtime for w in workdirs] == times
 
 
-def test_a_table_is_run_reported_and_not_run_again(
-    small, scripted, monkeypatch, tmp_path, capsys
-):
-    """As with real runs above, but for the runs."""
-    chosen_ = command.choose(command.parse(arguments(small, tmp_path)))
-    jobs = list({job.name: job for cell in expand(chosen_) for job in cell.jobs})
-    assert len(jobs) == 2
-    scripted([job for cell in expand(chosen_) for job in cell.jobs])
+def test_a_table_is_run_reported_and_not_run_again(small, scripted, tmp_path, capsys):
+    """As with real runs above, but with scripts in their place."""
+    chosen = command.choose(command.parse(arguments(small, tmp_path)))
+    jobs = {job.name: job for cell in expand(chosen) for job in cell.jobs}
+    first, second = jobs
+    scripted(list(jobs.values()))
     assert command.main(arguments(small, tmp_path)) == 0
     assert "2 of 2 runs done" in capsys.readouterr().out
-    assert order(tmp_path) == [jobs[0], f"{jobs[1]} {jobs[0]}"]
+    assert order(tmp_path) == [first, f"{second} {first}"]
     written = json.loads((tmp_path / "manifest.json").read_text())
     assert written["protocol"].startswith("reduced: ")
     statuses = [run["status"] for cell in written["cells"] for run in cell["runs"]]
@@ -477,18 +265,6 @@ def test_a_table_is_run_reported_and_not_run_again(
     assert command.main(arguments(small, tmp_path)) == 0
     assert "2 of 2 runs done" in capsys.readouterr().out
     assert len(order(tmp_path)) == 2
-
-
-def test_the_commands_of_jobs_are_valid(small, tmp_path):
-    """What runs is the configuration that the job's hashes and updates are of."""
-    (first, *_), *others = (c.jobs for c in expand(chosen(small)) if c.jobs)
-    assert others
-    for job, base in ((first, ""), (others[-1][0], "runs/first")):
-        flags = tables.command(job, "runs/x", base)[3:]
-        values = parse(["main", *flags])
-        assert values.workdir == "runs/x"
-        config = resolve(values.config)
-        assert (config.init_from, config_hash(config)) == (base, job.config_hash)
 
 
 def test_a_dry_run_prints_the_commands(small, tmp_path, capsys):

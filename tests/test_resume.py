@@ -24,7 +24,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(config):
     workdir = config.parent / "undisturbed"
-    runs.run(config, workdir, *PRIOR)
+    runs.here(config, workdir, *PRIOR)
     return workdir
 
 
@@ -86,11 +86,38 @@ def kill_and_compare(config, undisturbed, name, kills, seed):
     rng = random.Random(seed)
     workdir = config.parent / name
     killed = sum(kill_at_random(config, workdir, rng) for _ in range(kills))
-    runs.run(config, workdir, *PRIOR)
+    runs.here(config, workdir, *PRIOR)
     assert killed >= min(kills, 3)
     assert deterministic(workdir) == deterministic(undisturbed)
 
 
+def test_a_kill(config, undisturbed):
+    kill_and_compare(config, undisturbed, "one", 1, seed=time.time_ns())
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A method with three phases."""
+    folder = tmp_path_factory.mktemp("tuned")
+    return runs.config_file(folder, classes=6, base=4, steps=2, method="podnet")
+
+
+def test_a_kill_inside_the_fine_tuning(tuned):
+    """Base: updates 1 to 4. Step 1: 5 and 6, and 7 to 12 of the fine-tuning."""
+    workdir, whole = tuned.parent / "killed", tuned.parent / "whole"
+    overrides = ("--config.checkpoint.minutes=0",)
+    process = start_and_wait(tuned, workdir, 9, overrides)
+    process.kill()
+    process.communicate()
+    meta = store.read_meta(workdir / "checkpoints", newest(workdir))
+    assert [name for name, _ in meta["histories"]] == ["incremental", "finetune"]
+    assert (meta["step"], meta["finished"]) == (1, False)
+    runs.here(tuned, workdir, *overrides)
+    runs.here(tuned, whole, *overrides)
+    assert deterministic(workdir) == deterministic(whole)
+
+
+@pytest.mark.slow
 def test_four_kills(config, undisturbed):
     kill_and_compare(config, undisturbed, "four", 4, seed=time.time_ns())
 
@@ -111,17 +138,18 @@ def test_sigterm_saves_and_the_run_goes_on(config, undisturbed):
     assert re.search(r"stopped in step \d after update \d+; saved", errors)
     number = store.numbers(workdir / "checkpoints")[-1]
     before = store.read_meta(workdir / "checkpoints", number)
-    runs.run(config, workdir, *PRIOR)
+    runs.here(config, workdir, *PRIOR)
     assert deterministic(workdir) == deterministic(undisturbed)
     times = runs.results(workdir)["steps"][before["step"]]["telemetry"]
     last_process = times["finished"] - times["started"]  # it began in this step
     assert before["seconds"] < times["seconds"] < before["seconds"] + last_process
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_with_a_line(config):
-    """No file may grow beyond 20 kB: the network's arrays do not fit."""
+    """No file may grow beyond 2 kB: the network's arrays do not fit."""
     workdir = config.parent / "full"
-    limit = ["prlimit", "--fsize=20000"]
+    limit = ["prlimit", "--fsize=2000"]
     done = subprocess.run(
         [*limit, *runs.command(config, workdir, *PRIOR)],
         cwd=runs.ROOT,
@@ -136,6 +164,7 @@ def test_a_full_disk_ends_the_run_with_a_line(config):
     assert newest(workdir) == -1
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     config, undisturbed
 ):

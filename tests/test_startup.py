@@ -25,7 +25,8 @@ from tests import runs
 
 PATCHED = """
 import os, sys
-from bsce_jax import main, startup
+from bsce_jax import main
+from bsce_jax.hosts import jax_settings, workdir
 {patch}
 main.log_to_stderr()
 sys.exit(main.main(sys.argv))
@@ -61,7 +62,7 @@ def folder() -> Iterator[pathlib.Path]:
 
 def test_a_deterministic_run_sets_its_flags_before_xla_reads_them(config, tmp_path):
     """An unknown flag ends a process where XLA reads it, and only there."""
-    patch = "startup.DETERMINISTIC_FLAGS = ('--xla_no_such_flag=1',)"
+    patch = "jax_settings.DETERMINISTIC_FLAGS = ('--xla_no_such_flag=1',)"
     overrides = ("--config.deterministic=true", "--config.print_plan=true")
     done = patched(patch, config, tmp_path / "run", *overrides)
     assert done.returncode != 0
@@ -78,11 +79,11 @@ def test_flags_that_come_too_late_are_an_error(tmp_path):
 
 # Root may write anywhere, and nobody may not read this installation.
 AS_NOBODY = """
-def open_as_nobody(path, open_workdir=startup.open_workdir):
+def open_as_nobody(path, open_workdir=workdir.open_workdir):
     if os.geteuid() == 0:
         os.seteuid(65534)
     open_workdir(path)
-startup.open_workdir = open_as_nobody
+workdir.open_workdir = open_as_nobody
 """
 
 
@@ -92,7 +93,7 @@ startup.open_workdir = open_as_nobody
 def test_a_read_only_workdir_is_one_line(config, folder, existing):
     workdir = folder / "run"
     if existing:
-        runs.run(config, workdir)
+        runs.here(config, workdir)
     workdir.mkdir(exist_ok=True)
     workdir.chmod(0o555)
     try:
@@ -113,7 +114,7 @@ def test_a_workdir_that_is_a_file_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("free", [0, pytest.param(100, marks=pytest.mark.slow)])
-def test_a_full_disk_is_one_line(config, tmp_path, free):
+def test_a_full_disk_is_one_line(config, tmp_path, free, capsys):
     """From the start on, and once the first checkpoint is to be written."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -123,11 +124,11 @@ def test_a_full_disk_is_one_line(config, tmp_path, free):
     try:
         (disk / "other").write_bytes(bytes(1024 * (200 - free)))
         overrides = ("--config.compile_cache=false",)
-        done = patched("", config, disk / "run", *overrides)
-        assert done.returncode == 2, done.stderr
-        *_, last = done.stderr.splitlines()
+        runs.here(config, disk / "run", *overrides, status=2)
+        shown = capsys.readouterr().err
+        *_, last = shown.splitlines()
         assert last.startswith("bsce_jax: ") and "No space left on device" in last
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in shown
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -195,8 +196,8 @@ def test_only_a_second_interrupt_ends_a_run_at_once():
 HOLDING = """
 import sys, time
 from etils import epath
-from bsce_jax import startup
-with startup.lock(epath.Path(sys.argv[1])):
+from bsce_jax.hosts.workdir import lock
+with lock(epath.Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(100)
 """
@@ -242,11 +243,10 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
     assert not in_use(tmp_path)
 
 
-def test_a_second_run_in_a_workdir_is_refused_in_one_line(config, tmp_path):
+def test_a_second_run_in_a_workdir_is_refused_in_one_line(config, tmp_path, capsys):
     workdir = tmp_path / "run"
     workdir.mkdir()
     with lock(epath.Path(workdir)):
-        done = patched("", config, workdir)
-    assert done.returncode == 2
-    assert f"--workdir={str(workdir)!r} is in use" in done.stderr.splitlines()[-1]
+        runs.here(config, workdir, status=2)
+    assert f"--workdir={str(workdir)!r} is in use" in capsys.readouterr().err
     assert not (workdir / "checkpoints").exists()

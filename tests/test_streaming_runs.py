@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bsce_jax
 from bsce_jax import predict
 from bsce_jax.data import decode, prepare
 from bsce_jax.report import results as results_file
@@ -32,7 +31,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resident(config):
-    runs.run(config, config.parent / "resident", *OPTIONS)
+    runs.here(config, config.parent / "resident", *OPTIONS)
     return config.parent / "resident"
 
 
@@ -48,10 +47,11 @@ def test_a_streamed_run_killed_once_has_the_bits_of_a_resident_one(config, resid
     process = start_and_wait(config, workdir, 7, STREAMED)  # inside the second step
     process.kill()
     process.communicate()
-    runs.run(config, workdir, *STREAMED)
+    runs.here(config, workdir, *STREAMED)
     assert outcome(workdir) == outcome(resident)
 
 
+@pytest.mark.slow
 def test_two_processes_stream_their_own_rows(config, resident):
     workdir = config.parent / "two"
     with together(config, workdir, *STREAMED) as processes:
@@ -62,8 +62,7 @@ def test_two_processes_stream_their_own_rows(config, resident):
 
 
 CONFIG = """
-from bsce_jax.config import method_module
-from bsce_jax.defaults import default_config
+from bsce_jax.config import default_config, method_module
 
 def get_config():
     c = default_config()
@@ -74,8 +73,9 @@ def get_config():
     c.scenario.base_classes, c.scenario.steps = 2, 1
     c.memory.per_class = 3
     c.model.width = 4
-    c.optim.epochs, c.optim.batch_size, c.optim.milestones = 2, 8, ()
-    c.optim.base_epochs, c.optim.base_milestones = 2, ()
+    c.optim.batch_size = 8
+    for phase in (c.phase.base, c.phase.incremental):
+        phase.epochs, phase.milestones = 2, ()
     c.evaluation.batch_size = 16
     return c
 """
@@ -112,21 +112,28 @@ def photos(tmp_path_factory):
     return path
 
 
-def test_a_corrupt_image_ends_the_run_or_is_skipped(photos):
+def lines_of(capsys) -> list[str]:
+    """What ended a run."""
+    shown = capsys.readouterr().err.splitlines()
+    return [line for line in shown if line.startswith("bsce_jax:")]
+
+
+def test_a_corrupt_image_ends_the_run_or_is_skipped(photos, capsys, caplog):
     workdir = photos.parent / "skipped"
-    refused = runs.run(photos, workdir, status=2)
-    (line,) = [x for x in refused.stderr.splitlines() if x.startswith("bsce_jax:")]
+    runs.here(photos, workdir, status=2)
+    (line,) = lines_of(capsys)
     assert re.search(r"image (train|test)_00005: .*config.data.corrupt=skip", line)
-    skip = "--config.data.corrupt=skip"
-    skipped = runs.run(photos, workdir, skip)  # goes on
+    caplog.clear()
+    runs.here(photos, workdir, "--config.data.corrupt=skip")  # goes on
     for split in ("train", "test"):
-        assert f"image {split}_00005: " in skipped.stderr
+        assert f"image {split}_00005: " in caplog.text
     base, last = (s["result"] for s in runs.results(workdir)["steps"])
     assert last["counts"] == [3, 3, 8]  # counts are those of the data set
     # The test image of the third label counts in no accuracy.
     tested = sum(count for *_, count in last["confusion"])
     assert tested == 11
-    assert np.isfinite(base["loss"] + last["loss"]).all()
+    losses = [base["phases"]["base"], last["phases"]["incremental"]]
+    assert np.isfinite([phase["loss"] for phase in losses]).all()
     files_become_images_as_in_the_evaluation(workdir)
 
 
@@ -135,29 +142,29 @@ def files_become_images_as_in_the_evaluation(workdir):
     pixels = np.random.default_rng(1).integers(0, 256, (30, 50, 3)).astype(np.uint8)
     path = workdir / "photo.png"
     Image.fromarray(pixels).save(path)
-    predictor = bsce_jax.load(workdir)
+    predictor = runs.load(workdir)
     found = predict.read_image(str(path), predictor.image_shape, predictor.resize)
     expected = decode.test_crop(path.read_bytes(), 16, resize=20)
     np.testing.assert_array_equal(found, expected)
-    assert predict.main([str(workdir), str(path)]) == 0
-    (workdir / "photo.png").write_bytes(b"none")
-    assert predict.main([str(workdir), str(path)]) == 2
+    with runs.small_network():
+        assert predict.main([str(workdir), str(path)]) == 0
+        path.write_bytes(b"none")
+        assert predict.main([str(workdir), str(path)]) == 2
 
 
-def test_a_damaged_shard_ends_the_run_with_its_name(photos):
+def test_a_damaged_shard_ends_the_run_with_its_name(photos, capsys):
     folder = photos.parent / "data" / "photos" / "1.0.0"
     (shard,) = folder.glob("*train*.array_record*")
     whole = shard.read_bytes()
     try:
         shard.write_bytes(whole[: len(whole) // 2])
-        cut = runs.run(photos, photos.parent / "cut", status=2)
+        runs.here(photos, photos.parent / "cut", status=2)
         shard.unlink()
-        missing = runs.run(photos, photos.parent / "missing", status=2)
+        runs.here(photos, photos.parent / "missing", status=2)
     finally:
         shard.write_bytes(whole)
-    for done in (cut, missing):
-        (line,) = [x for x in done.stderr.splitlines() if x.startswith("bsce_jax:")]
-        assert shard.name in line
+    cut, missing = lines_of(capsys)
+    assert shard.name in cut and shard.name in missing
 
 
 @pytest.mark.slow
@@ -181,7 +188,9 @@ def test_the_paper_s_configurations_run_on_a_tiny_imagenet(tmp_path, name):
     config = f"{runs.ROOT / 'configs' / name}.py:method=lucir,prior=balanced,memory=1"
     overrides = [f"--config.data.data_dir={data}", "--config.model.width=4"]
     overrides += ["--config.data.image_size=16", "--config.data.resize=18"]
-    overrides += ["--config.optim.epochs=1", "--config.optim.milestones=()"]
+    for phase in ("base", "incremental"):
+        overrides += [f"--config.phase.{phase}.epochs=1"]
+        overrides += [f"--config.phase.{phase}.milestones=()"]
     with together(config, tmp_path / "run", *overrides) as processes:
         for process in processes:
             _, errors = process.communicate(timeout=900)

@@ -12,6 +12,7 @@ class TinyNet(nn.Module):
     dtype: jnp.dtype = jnp.float32
     head: str = "linear"
     proxies: int = 10
+    auxiliary: int = 0
 
     @nn.compact
     def __call__(self, images, train, valid=None, axis_name=None):
@@ -20,5 +21,10 @@ class TinyNet(nn.Module):
         )(images)
         x = BatchNorm(dtype=self.dtype, name="norm")(x, train, valid, axis_name)
         features = jnp.mean(nn.relu(x) ** 2, axis=(1, 2))
+        if self.auxiliary:
+            branch = heads.CosineHead(self.auxiliary, name="auxiliary_head")
+            beside = {"rotations": branch(features)[0]}
+        else:
+            beside = {}
         logits, out = heads.create(self.head, self.num_classes, self.proxies)(features)
-        return logits, {"features": features, "maps": [x]} | out
+        return logits, {"features": features, "maps": [x]} | out | beside

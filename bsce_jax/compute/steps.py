@@ -26,10 +26,8 @@ from bsce_jax.compute.state import (
     TrainState,
     total_over_devices,
 )
+from bsce_jax.compute.views import viewed
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
-
-VIEWS = ("plain", "mirrored", "rotated90", "rotated180", "rotated270")
-"""Views of the test images whose features can be asked for."""
 
 
 def plain(
@@ -370,21 +368,11 @@ def make_features(program: Program) -> Callable:
         axis_name: str | None = None,
     ) -> tuple[Array, Array]:
         batch = fetch(program, data, rows, 0, None, axis_name)
-        batch = batch.replace(images=_viewed(batch.images, view))
+        batch = batch.replace(images=viewed(batch.images, view))
         out = outputs_of(program, network, batch, context)
         return rows.valid, out["features"][None].astype(jnp.float32)
 
     return features
-
-
-def _viewed(images: Array, view: Array) -> Array:
-    """The images as `view` wants them."""
-    seen = jnp.where(view == VIEWS.index("mirrored"), images[:, :, ::-1], images)
-    if images.shape[1] == images.shape[2]:
-        for turns in (1, 2, 3):
-            turned = jnp.rot90(images, turns, axes=(1, 2))
-            seen = jnp.where(view == VIEWS.index(f"rotated{90 * turns}"), turned, seen)
-    return seen
 
 
 def outputs_of(

@@ -247,19 +247,21 @@ def phase(**changes: Any) -> ConfigDict:
     """A section of `config.phase`: every field of a phase at its default, but these.
 
     Args:
-      **changes: fields of PHASE; `rate` is a dict of some groups, or see `only`, and
-        `terms` one of weights.
+      **changes: fields of PHASE; `rate` is a dict or ConfigDict of some groups, or see
+        `only`, and `terms` one of weights.
 
     Raises:
       UserError: an unknown name, or a value of a wrong type.
     """
     section = _build(PHASE)
     for name, value in changes.items():
+        if isinstance(value, ConfigDict):
+            value = value.to_dict()
         if name == "rate" and isinstance(value, Mapping):
             for group, factor in value.items():
                 _set(section.rate, group, factor, "rate.")
         elif name == "terms" and isinstance(value, Mapping):
-            section.terms = ConfigDict(dict(value))
+            section.terms = ConfigDict(value)
         else:
             _set(section, name, value, "")
     return section

@@ -29,9 +29,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
         names = terms.names_with_prior(config.terms, prior, classification)
         config.terms = terms.with_prior(config.terms, prior, classification)
         for phase in config.phase.values():
-            phase.terms = ConfigDict(
-                {names[name]: weight for name, weight in phase.terms.items()}
-            )
+            phase.terms = terms.phase_with_prior(phase.terms, names)
             if not _exists(phase, prior):
                 phase.epochs = 0
         config.options = options.filled_in(config)
@@ -156,11 +154,12 @@ def _check_phases(config: ConfigDict) -> None:
     if not any(_exists(sections[name], config.prior) for name in base):
         allowed = "a phase with steps=base and epochs of at least 1"
         raise field_error("phases", names, allowed)
+    used = terms.names_with_prior(config.terms, config.prior, config.classification)
     for name in names:
-        _check_phase(f"phase.{name}", sections[name], config.terms)
+        _check_phase(f"phase.{name}", sections[name], used)
 
 
-def _check_phase(name: str, phase: ConfigDict, known: ConfigDict) -> None:
+def _check_phase(name: str, phase: ConfigDict, used: Mapping[str, str]) -> None:
     if phase.steps == "base" and phase.images != "training":
         raise field_error(
             f"{name}.images", phase.images, "training in a phase of the base step"
@@ -169,7 +168,7 @@ def _check_phase(name: str, phase: ConfigDict, known: ConfigDict) -> None:
     if list(marks) != sorted(marks) or any(mark <= 0 for mark in marks):
         allowed = "epochs above 0 in ascending order"
         raise field_error(f"{name}.milestones", marks, allowed)
-    terms.check_phase(f"{name}.terms", phase.terms, known)
+    terms.check_phase(f"{name}.terms", phase.terms, used)
 
 
 def _check_streaming(data: ConfigDict) -> None:

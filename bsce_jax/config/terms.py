@@ -123,6 +123,16 @@ def with_prior(terms: ConfigDict, prior: str, classification: str) -> ConfigDict
     return found
 
 
+def phase_with_prior(given: Mapping[str, Any], names: Mapping[str, str]) -> ConfigDict:
+    """The weights of a phase's terms under their names in the run.
+
+    Args:
+      given: weights by name, before or after the prior's replacement.
+      names: see `names_with_prior`.
+    """
+    return ConfigDict({names.get(name, name): given[name] for name in given})
+
+
 def of_phase(config_terms: ConfigDict, phase_terms: Mapping[str, Any]) -> ConfigDict:
     """The terms of a phase with their weights.
 
@@ -174,21 +184,25 @@ def _check_options(name: str, given: Mapping[str, Any]) -> None:
         settings.check_value(f"terms.{name}.{option}", value, known[option])
 
 
-def check_phase(field: str, given: Mapping[str, Any], terms: ConfigDict) -> None:
+def check_phase(field: str, given: Mapping[str, Any], names: Mapping[str, str]) -> None:
     """Checks the terms of a phase.
 
     Args:
       field: their dotted name.
-      given: weights by name.
-      terms: of the run.
+      given: weights by name, before or after the prior's replacement.
+      names: see `names_with_prior`.
 
     Raises:
       UserError: names the field, its value and what is allowed.
     """
     for name, value in given.items():
-        if name not in terms:
-            names = ", ".join(terms)
+        if name not in {*names, *names.values()}:
+            known = ", ".join(names)
             raise UserError(
-                f"config.{field}.{name} is unknown; known, from config.terms: {names}"
+                f"config.{field}.{name} is unknown; known, from config.terms: {known}"
             )
+        other = names.get(name, name)
+        if other != name and other in given:  # one of the two weights would be lost
+            allowed = f"no weight beside that of {other}, which takes its place"
+            raise field_error(f"{field}.{name}", value, allowed)
         _weight(f"{field}.{name}", value, old=1, seen=2)

@@ -71,7 +71,7 @@ class Step(NamedTuple):
       new: training images of each new class, int indices.
       exemplars: of each class seen, int indices in order of choice; none of a class
         whose exemplars are not chosen yet.
-      features: of groups of images, with this network; see steps.VIEWS.
+      features: of groups of images, with this network; see compute.views.VIEWS.
       options: `config.options`.
       rng: for random choices; the same whenever the step is repeated.
       mirrored: whether the training images are mirrored at random.

@@ -10,7 +10,7 @@ import numpy as np
 
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import Network, StepContext
-from bsce_jax.compute.steps import VIEWS
+from bsce_jax.compute.views import VIEWS
 from bsce_jax.data import batches
 from bsce_jax.run.feed import Feed
 from bsce_jax.run.programs import Programs
@@ -71,7 +71,7 @@ def features(
     Args:
       inference: the network and the images.
       indices: int [N], of the images.
-      view: of the images, one of steps.VIEWS.
+      view: of the images, one of compute.views.VIEWS.
 
     Returns:
       Which images are not skipped, bool [N], and features, float32 [N, D].

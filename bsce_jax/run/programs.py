@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from bsce_jax import methods, models
 from bsce_jax.compute import optim, parallel, steps, updates
-from bsce_jax.compute.state import OWN, Network
+from bsce_jax.compute.state import OWN, Array, Network, PyTree
 from bsce_jax.config import priors, terms
 from bsce_jax.data import augment
 from bsce_jax.models import convolution
@@ -194,7 +194,14 @@ def network_shapes(
     config: ConfigDict, model: nn.Module, image_shape: tuple[int, ...]
 ) -> Network:
     """What `init_network` returns, as jax.ShapeDtypeStruct."""
-    return jax.eval_shape(lambda: init_network(config, model, image_shape))
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    init = functools.partial(model.init, train=False)
+    variables = jax.eval_shape(init, key, images)
+    found = _network(config, model, variables, images)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf)), found
+    )
 
 
 def init_network(
@@ -210,9 +217,15 @@ def init_network(
         compiler_options=fast if jax.default_backend() == "cpu" else None,
     )
     variables = initialize(jax.random.key(config.seed), images)
-    _, out = jax.eval_shape(
-        functools.partial(model.apply, train=False), variables, images
-    )
+    return _network(config, model, variables, images)
+
+
+def _network(
+    config: ConfigDict, model: nn.Module, variables: PyTree, images: Array
+) -> Network:
+    """The model's variables and what the method adds to them."""
+    apply = functools.partial(model.apply, train=False)
+    _, out = jax.eval_shape(apply, variables, images)
     own = methods.initial(config, model.num_classes, out["features"].shape[-1])
     params = variables["params"] | ({OWN: own.params} if own.params else {})
     return Network(params, variables["batch_stats"], own.extra)

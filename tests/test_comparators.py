@@ -1,0 +1,156 @@
+"""The methods that the paper compares with: a whole run of each, cut and spread."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import bsce_jax
+from bsce_jax.checkpoints import store
+from bsce_jax.report import results
+from tests import runs
+
+PHASES = {  # of an incremental step
+    "ncm": [],
+    "slda": [],
+    "icarl": ["incremental"],
+    "eeil": ["incremental", "balanced"],
+    "bic": ["incremental", "bias"],
+    "ss_il": ["incremental"],
+    "spb": ["incremental"],
+    "spb_i": ["incremental"],
+    "spb_m": ["incremental"],
+    "geodl": ["incremental"],
+}
+WITHOUT_MEMORY = ("ncm", "slda", "spb", "spb_i", "spb_m")
+EVERY_UPDATE = ("--config.checkpoint.minutes=0", "--config.checkpoint.keep=1000")
+
+
+@pytest.fixture(scope="module", params=PHASES)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def config(method, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(method)
+    return runs.config_file(folder, classes=8, base=4, steps=2, epochs=2, method=method)
+
+
+def overrides(method) -> tuple[str, ...]:
+    kind = "none" if method in WITHOUT_MEMORY else "growing"
+    more = ("--config.phase.incremental.replay=4",) if method == "ss_il" else ()
+    return (f"--config.memory.kind={kind}", "--config.memory.per_class=4", *more)
+
+
+@pytest.fixture(scope="module")
+def workdir(method, config):
+    """A run that has kept a checkpoint of every update."""
+    folder = config.parent / "whole"
+    runs.here(config, folder, *overrides(method), *EVERY_UPDATE)
+    return folder
+
+
+def test_a_run_learns_and_says_what_it_did(method, workdir):
+    found = runs.results(workdir)
+    assert found["status"] == "done" and len(found["steps"]) == 3
+    for step, record in enumerate(found["steps"]):
+        result = record["result"]
+        assert list(result["phases"]) == (PHASES[method] if step else ["base"])
+        for phase in result["phases"].values():
+            assert np.isfinite(phase["loss"]).all()
+        assert result["own"].keys() == (
+            {"scale", "shift"} if method == "bic" else set()
+        )
+    assert found["summary"]["average_incremental_top1"] > 100 / 8
+    compiled = found["steps"][-1]["telemetry"]["compiles"]
+    for name in ("base", *PHASES[method]):
+        assert compiled[f"{name}_update"] == 1
+    assert compiled["evaluate"] == 1
+
+
+def test_predictions_are_those_of_the_accuracies(method, workdir):
+    """bsce_jax.load gives the recorded confusions, whatever the method predicts by."""
+    with runs.small_network():
+        predictor = bsce_jax.load(workdir)
+    images, labels = runs.test_images(workdir)
+    names = predictor(images).names
+    predicted = [predictor.class_names.index(name) for name in names]
+    confusion = np.zeros((8, 8), int)
+    np.add.at(confusion, (labels, predicted), 1)
+    result = runs.results(workdir)["steps"][-1]["result"]
+    recorded = np.zeros((8, 8), int)
+    for i, j, count in result["confusion"]:
+        recorded[i, j] = count
+    np.testing.assert_array_equal(confusion, recorded)
+
+
+def test_a_run_cut_inside_any_phase_ends_with_the_same_bits(method, config, workdir):
+    """Once in each phase of the last step, and where none was left to do."""
+    seen = set()
+    for number in store.numbers(workdir / "checkpoints"):
+        meta = store.read_meta(workdir / "checkpoints", number)
+        phase = meta["histories"][-1][0] if meta["histories"] else ""
+        place = (phase, meta["finished"])
+        if meta["step"] != 1 + bool(meta["histories"]) or place in seen:
+            continue
+        seen.add(place)
+        copy = config.parent / f"cut{number}"
+        runs.cut(workdir, copy, number)
+        runs.here(config, copy, *overrides(method), *EVERY_UPDATE)
+        ours, theirs = (
+            results.deterministic(runs.results(folder)) for folder in (copy, workdir)
+        )
+        assert ours == theirs, place
+    assert {phase for phase, _ in seen} >= set(PHASES[method])
+
+
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
+def test_eight_devices_train_as_one(method, config, workdir, mode):
+    """Batches of 16 rows, the last of an epoch partial; float32."""
+    copy = config.parent / mode
+    runs.here(config, copy, *overrides(method), f"--config.parallel={mode}", devices=8)
+    ours, theirs = (runs.results(folder)["steps"] for folder in (copy, workdir))
+    for a, b in zip(ours, theirs, strict=True):
+        for name, phase in b["result"]["phases"].items():
+            np.testing.assert_allclose(
+                a["result"]["phases"][name]["loss"], phase["loss"], rtol=2e-3, atol=2e-4
+            )
+        for name, value in b["result"]["own"].items():
+            assert a["result"]["own"][name] == pytest.approx(value, rel=1e-2, abs=1e-3)
+
+
+def state_of(workdir, step: int) -> dict:
+    """JSON of the checkpoint at the end of a step."""
+    for number in store.numbers(workdir / "checkpoints"):
+        meta = store.read_meta(workdir / "checkpoints", number)
+        if meta["step"] == step and meta["finished"]:
+            return meta
+    raise AssertionError(step)
+
+
+def test_icarl_s_accuracy_is_that_of_the_nearest_mean(method, workdir):
+    for record in runs.results(workdir)["steps"]:
+        result = record["result"]
+        same = result["top1"] == result["top1_nearest_mean"]
+        assert same or method != "icarl"
+
+
+def test_bic_learns_its_two_numbers_in_incremental_steps_only(method, workdir):
+    own = [record["result"]["own"] for record in runs.results(workdir)["steps"]]
+    if method == "bic":
+        assert own[0] == {"scale": 1.0, "shift": 0.0}
+        assert all(o["scale"] != 1.0 and o["shift"] != 0.0 for o in own[1:])
+
+
+def test_the_networks_of_ncm_and_slda_stay(method, workdir):
+    """Training telemetry of later steps: no update at all."""
+    if not PHASES[method]:
+        before = [state_of(workdir, step)["before"] for step in (1, 2)]
+        assert before[0] == before[1] > 0
+        assert json.dumps(state_of(workdir, 2)["histories"]) == "[]"
+
+
+def test_there_are_eight_devices():
+    assert jax.device_count() == 8
