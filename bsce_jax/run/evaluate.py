@@ -122,7 +122,10 @@ def _over_batches(
         found.append(parallel.fetch(pending.popleft(), count))
 
     with contextlib.closing(inference.feed.groups(plan)) as groups:
-        for rows in passing(groups, len(indices), batch_size, what):
+        shown = passing(
+            groups, len(indices), batch_size, what, enabled=parallel.is_first()
+        )
+        for rows in shown:
             pending.append(program(*arguments, rows))
             if len(pending) > IN_FLIGHT:  # or streamed images pile up on the devices
                 fetch()

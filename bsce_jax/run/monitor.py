@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from bsce_jax.compute import parallel
 from bsce_jax.run.loop import History, Training
 from bsce_jax.telemetry import compiles, environment
 from bsce_jax.telemetry.bar import Bar
@@ -41,8 +42,9 @@ class Monitor:
     def start(self, update: int) -> None:
         """Opens the display; this process begins at `update` of the run."""
         self._done = update
-        self._bar = Bar(self._total, update, seconds=self._log_seconds)
-        self._timeline = Timeline(self._workdir / "tensorboard", update)
+        first, folder = parallel.is_first(), self._workdir / "tensorboard"
+        self._bar = Bar(self._total, update, seconds=self._log_seconds, enabled=first)
+        self._timeline = Timeline(folder, update, enabled=first)
 
     def begin_step(self, seconds: float = 0.0) -> None:
         """Starts the clocks of a step, on which `seconds` were spent before."""

@@ -11,8 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO, TypeVar
 
-from bsce_jax.telemetry.events import first_process
-
 logger = logging.getLogger("bsce_jax")
 T = TypeVar("T")
 
@@ -33,7 +31,7 @@ class Bar:
         *,
         seconds: float = 10.0,
         stream: TextIO | None = None,
-        enabled: bool | None = None,
+        enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Starts the display.
@@ -43,13 +41,13 @@ class Bar:
           done: updates already done by an earlier process.
           seconds: least time between two log lines.
           stream: where the bar goes if it is a terminal; None = standard error.
-          enabled: whether to show anything; None = in the first process only.
+          enabled: whether to show anything: one of several processes does.
           clock: time in seconds.
         """
         stream = sys.stderr if stream is None else stream
         self._total, self._done, self._images = total, done, 0
         self._seconds, self._clock = seconds, clock
-        self._enabled = first_process(enabled)
+        self._enabled = enabled
         self._where = ""
         self._loss: float | None = None
         self._shown = clock()
@@ -139,12 +137,17 @@ class Bar:
 
 
 def passing(
-    batches: Iterable[T], total: int, each: int, what: str, patience: float = 5.0
+    batches: Iterable[T],
+    total: int,
+    each: int,
+    what: str,
+    patience: float = 5.0,
+    enabled: bool = True,
 ) -> Iterator[T]:
     """Yields the batches of a pass over a set of images.
 
-    Where that takes long the first process shows how far it is: a bar below that of the
-    run on a terminal, now and then a log line elsewhere.
+    Where that takes long it is shown how far it is: a bar below that of the run on a
+    terminal, now and then a log line elsewhere.
 
     Args:
       batches: of the pass.
@@ -152,17 +155,17 @@ def passing(
       each: images of a batch; the last one may have fewer.
       what: the pass is for.
       patience: seconds before something is shown, and from one log line to the next.
+      enabled: whether to show anything: one of several processes does.
     """
     from tqdm import tqdm
 
-    first = first_process(None)
     with tqdm(
         total=total,
         desc=what,
         unit=" images",
         delay=patience,
         leave=False,
-        disable=None if first else True,
+        disable=None if enabled else True,
     ) as bar:
         shown = time.monotonic()
         for number, batch in enumerate(batches, 1):
@@ -170,7 +173,7 @@ def passing(
             done = min(number * each, total)
             if not bar.disable:
                 bar.update(done - bar.n)
-            elif first and time.monotonic() - shown >= patience and done < total:
+            elif enabled and time.monotonic() - shown >= patience and done < total:
                 shown = time.monotonic()
                 logger.info("%s: %d/%d images", what, done, total)
 

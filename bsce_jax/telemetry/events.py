@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-import jax
 from etils import epath
 
 logger = logging.getLogger("bsce_jax")
@@ -23,7 +22,7 @@ class Timeline:
     """
 
     def __init__(
-        self, folder: epath.PathLike, update: int = 0, enabled: bool | None = None
+        self, folder: epath.PathLike, update: int = 0, enabled: bool = True
     ) -> None:
         """Opens a new event file.
 
@@ -31,10 +30,10 @@ class Timeline:
           folder: of the event files; made if it does not exist.
           update: the first update that this process writes. TensorBoard drops what a
             killed process wrote from there on, so that no point is double.
-          enabled: whether to write at all; None = in the first process only.
+          enabled: whether to write at all: one of several processes does.
         """
         self._writer: Any = None
-        if not first_process(enabled):
+        if not enabled:
             return
         # Loaded here: it looks for PyTorch and cloud libraries, which takes seconds.
         from tensorboardX import record_writer
@@ -113,8 +112,3 @@ class _StoreFile:
     def open(cls, path: str) -> Self:
         """What tensorboardX calls for "store:PATH"."""
         return cls(epath.Path(path.partition(":")[2]))
-
-
-def first_process(enabled: bool | None) -> bool:
-    """`enabled` where it is given, or whether this is the first process."""
-    return jax.process_index() == 0 if enabled is None else enabled
