@@ -1,4 +1,4 @@
-"""Prepares the process for a run: JAX's settings, the workdir, signals."""
+"""The folder of a run: its name, whether it can be written, its lock."""
 
 import contextlib
 import fcntl

@@ -1,8 +1,4 @@
-"""What is known of a running experiment: TensorBoard events, versions, compiles.
-
-Nothing here changes a result. On several hosts only the first process writes anything;
-the others call the same functions to no effect.
-"""
+"""Versions, devices and source of a process, for its results."""
 
 import importlib.metadata
 import logging
