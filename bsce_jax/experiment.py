@@ -65,7 +65,7 @@ def run(
     if peers is not None:
         peers.before_exit = run.writer.wait_at_most
     _say_what_is_left_out(run)
-    with run.writer:
+    with contextlib.closing(run.monitor), run.writer:
         try:
             _steps(run, stop)
         except StopRequested:
@@ -216,5 +216,4 @@ def _finished(run: Run) -> dict[str, Any]:
         plots.confusion_matrices([run.results], run.workdir / "confusion.png")
         plots.alpha_curve([run.results], run.workdir / "alpha.png")
         print(tables.step_table(run.results))
-    run.monitor.close()
     return run.results

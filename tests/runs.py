@@ -44,6 +44,7 @@ def get_config():
             phase.epochs = min(phase.epochs, 6)
     c.meta.every, c.meta.batch_size, c.meta.inner_learning_rate = 2, 8, 0.0
     c.evaluation.batch_size = 64
+    c.compile_cache = False  # conftest.py has one for all
     return c
 """
 

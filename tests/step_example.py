@@ -225,6 +225,27 @@ def on_one(dtype, meta=True, method="il_baseline", augmented=True) -> Callable:
     return compiled(tested, "jit", jax.devices()[:1])
 
 
+def stepped(program: steps.Program) -> Callable:
+    """One `train_step` after another, without a loop and keys; compiles in no time."""
+    step = fast(jax.jit(functools.partial(steps.train_step, program)))
+
+    def run(state, context, data, schedule, streams):
+        losses = []
+        for u, rate in enumerate(schedule.learning_rate):
+            batch = batch_of(program, data, streams[TRAIN], u)
+            state, metrics = step(state, context, batch, rate)
+            losses.append(float(metrics["loss"]))
+        return jax.device_get(state), losses
+
+    return run
+
+
+@functools.cache
+def plain_steps(dtype, method: str) -> Callable:
+    """`stepped` of `program` without Meta and augmentation, shared."""
+    return stepped(program(dtype, False, method, False))
+
+
 def batch_of(program: steps.Program, data: Images, rows: Rows, update: int, seed=0):
     """The batch of one update, augmented."""
     rows = jax.tree.map(jnp.asarray, rows)

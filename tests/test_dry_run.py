@@ -12,6 +12,8 @@ from bsce_jax.config.files import method_module
 from bsce_jax.config.resolve import resolve
 from bsce_jax.data import streaming
 from bsce_jax.run import dry_run, progress, setup
+from bsce_jax.run.loop import make_training
+from bsce_jax.run.phases import planned
 from tests import datasets, runs
 
 BATCH = 16
@@ -55,6 +57,7 @@ def test_an_update_takes_as_long_as_its_images_in_one_stream(run, monkeypatch):
     monkeypatch.setattr(streaming.Reader, "crop", slow_crop)
     monkeypatch.setattr(streaming, "read", counted_read)
     monkeypatch.setattr(dry_run, "STREAMED", 30)
-    seconds, _ = dry_run._measure(run, progress.initial(run))
+    training = make_training(run.config, planned(run.config, run.dataset)[0])
+    seconds, _ = dry_run._measure(run, progress.initial(run), training)
     assert len(opened) == 2 and opened[0] == BATCH  # one batch to compile with
     assert 0.9 * BATCH * IMAGE / 2 < seconds < START / 3

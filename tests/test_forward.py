@@ -10,7 +10,7 @@ import pytest
 
 from bsce_jax.compute import parallel, steps
 from bsce_jax.compute.state import OWN, Batch
-from bsce_jax.compute.updates import TRAIN
+from bsce_jax.compute.updates import HELD_OUT, TRAIN
 from bsce_jax.log_prior import EXCLUDED
 from tests.step_example import (
     BATCH,
@@ -18,13 +18,15 @@ from tests.step_example import (
     FEATURES,
     OLD,
     SEEN,
+    UPDATES,
     assert_close,
     batch_of,
+    compiled,
     example,
+    fast,
     jitted,
     network,
     program,
-    run,
 )
 
 OWN_OF = {
@@ -92,21 +94,33 @@ def arguments(tested, method="similarities"):
     return example(tested, np.float64, method=method, **both)
 
 
+def updates_one_by_one(mode, devices, given, held_out):
+    """State and metrics after each update, by calls of one update each."""
+    state, context, data, schedule, streams = given
+    update, found = compiled(with_forward(), mode, devices), []
+    for u in range(UPDATES):
+        at = functools.partial(jax.tree.map, lambda leaf, u=u: leaf[u : u + 1])
+        rows = {TRAIN: at(streams[TRAIN]), HELD_OUT: held_out}
+        state, metrics = update(state, context, data, at(schedule), rows)
+        found.append((state, metrics))
+    return found
+
+
 def test_one_device_jit_8_and_pmap_8_give_the_same_update_through_a_forward(x64):
     """Everything of the network, the method's own and what it keeps included."""
-    tested = with_forward()
-    given = arguments(tested)
-    one = run(tested, "jit", jax.devices()[:1], given)
-    before, after = given[0].network, one[0].network
-    assert after.extra["updates"] == 3
-    assert np.all(after.extra["mean"] != before.extra["mean"])
-    for name, value in after.params[OWN].items():
-        assert value != before.params[OWN][name]
-    assert one[1]["images"].tolist() == [12, 12, 5]
-    alphas = one[1]["alpha"]
-    assert alphas[0] != 0.7 and alphas[0] == alphas[1] != alphas[2]
+    given = arguments(with_forward())
+    held_out = jax.tree.map(lambda leaf: leaf[:1], given[-1][HELD_OUT])
+    one = updates_one_by_one("jit", jax.devices()[:1], given, held_out)
+    before, (last, _) = given[0], one[-1]
+    assert last.network.extra["updates"] == UPDATES
+    assert np.all(last.network.extra["mean"] != before.network.extra["mean"])
+    for name, value in last.network.params[OWN].items():
+        assert value != before.network.params[OWN][name]
+    assert [int(metrics["images"][0]) for _, metrics in one] == [12, 12, 5]
+    alphas = [0.7, *(float(metrics["alpha"][0]) for _, metrics in one)]
+    assert len(set(alphas)) == UPDATES + 1
     for mode in ("jit", "pmap"):
-        eight = run(tested, mode, jax.devices()[:8], given)
+        eight = updates_one_by_one(mode, jax.devices()[:8], given, held_out)
         assert_close(one, eight, 1e-9)
 
 
@@ -128,9 +142,9 @@ def test_what_is_trained_is_the_loss_of_its_outputs_written_out(x64):
     tested = with_forward("il_baseline", meta=False)
     state, context, data, _, streams = arguments(tested, "il_baseline")
     batch = batch_of(tested, data, streams[TRAIN], 2)
-    step = functools.partial(steps.train_step, tested)
-    new, metrics = jitted(step, state, context, batch, 0.1)
-    student, n = state.network, 5
+    step = fast(jax.jit(functools.partial(steps.train_step, tested)))
+    rate, student, n = np.float64(0.1), state.network, 5
+    new, metrics = jax.device_get(step(state, context, batch, rate))
 
     def corrected(network, z):
         own = network.params[OWN]
@@ -175,9 +189,12 @@ def test_what_is_trained_is_the_loss_of_its_outputs_written_out(x64):
     found = outputs(tested, student, batch.images, True, batch.valid)
     z, features = jax.device_get(found)
     share = 0.5 * (features @ student.extra["mean"])[:, None] * np.arange(CLASSES)
-    own = np.asarray(corrected(student, z)) - share
-    predicted = np.argmax(own[:n, :SEEN], axis=1)
-    assert metrics["correct"] == np.sum(predicted == batch.labels[:n])
+    z = np.asarray(corrected(student, z))
+    predicted = np.argmax((z - share)[:, :SEEN], axis=1).astype(np.int32)
+    assert metrics["correct"] == np.sum((predicted == batch.labels)[:n])
+    assert np.any(predicted[:n] != np.argmax(z[:n, :SEEN], axis=1))
+    _, metrics = step(state, context, batch.replace(labels=predicted), rate)
+    assert metrics["correct"] == metrics["images"] == n
 
 
 def probe(student, teacher, batch, context):

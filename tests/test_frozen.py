@@ -21,10 +21,10 @@ from tests.step_example import (
     example,
     fast,
     jitted,
-    on_one,
     paths,
+    plain_steps,
     program,
-    run,
+    stepped,
 )
 
 RATE, DECAY = 0.05, 0.5
@@ -99,8 +99,8 @@ def _is_params(tree) -> bool:
 @pytest.mark.parametrize("method", ["lucir", "podnet"])
 def test_frozen_rows_stay_against_gradient_decay_and_momentum(x64, method):
     """Old rows of the head do not move by a bit; the learned scale does."""
-    options = (jnp.float64, False, method, False)
-    state, context, *rest = example(program(*options), np.float64, method=method)
+    tested = program(jnp.float64, False, method, False)
+    state, context, *rest = example(tested, np.float64, method=method)
     momentum = jax.tree.map(np.ones_like, state.opt_state)
     params, new_rows = state.network.params, context.seen & ~context.old
     scale = optim.update_scale(params, EVERY_GROUP, new_rows)
@@ -109,7 +109,7 @@ def test_frozen_rows_stay_against_gradient_decay_and_momentum(x64, method):
         context.replace(update_scale=scale),
         *rest,
     )
-    new, _ = on_one(*options)(*arguments)
+    new, _ = plain_steps(jnp.float64, method)(*arguments)
     before, after = params["head"], new.network.params["head"]
     changed = before["kernel"] != after["kernel"]
     moved = np.any(changed, axis=tuple(range(changed.ndim - 1)))
@@ -120,8 +120,7 @@ def test_frozen_rows_stay_against_gradient_decay_and_momentum(x64, method):
 @pytest.mark.parametrize("batch_norm", ["train", "eval"])
 def test_fine_tuning_moves_the_rows_of_the_head_alone(x64, batch_norm):
     """As the main training restricted to the head, without the rest's backward pass."""
-    options = (jnp.float64, False, "podnet", False)
-    tested = program(*options)
+    tested = program(jnp.float64, False, "podnet", False)
     state, context, *rest = example(tested, np.float64, method="podnet")
     rates = {**dict.fromkeys(EVERY_GROUP, 0.0), "head": 1.0}
     network = state.network
@@ -129,7 +128,7 @@ def test_fine_tuning_moves_the_rows_of_the_head_alone(x64, batch_norm):
     arguments = (state, context.replace(update_scale=scale), *rest)
     frozen = frozenset(name for name, rate in rates.items() if not rate)
     tuned = dataclasses.replace(tested, frozen=frozen, batch_norm=batch_norm)
-    new, _ = run(tuned, "jit", jax.devices()[:1], arguments)
+    new, _ = stepped(tuned)(*arguments)
     after = paths(new.network.params)
     for path, leaf in paths(network.params).items():
         changed = bool(np.any(leaf != after[path]))
@@ -138,7 +137,7 @@ def test_fine_tuning_moves_the_rows_of_the_head_alone(x64, batch_norm):
     moved = [np.any(leaf != stats[p]) for p, leaf in paths(network.batch_stats).items()]
     assert moved == [batch_norm == "train"] * len(moved)
     if batch_norm == "train":
-        whole, _ = on_one(*options)(*arguments)
+        whole, _ = plain_steps(jnp.float64, "podnet")(*arguments)
         assert_close(whole.network.params["head"], new.network.params["head"], 1e-12)
 
 

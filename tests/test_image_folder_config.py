@@ -56,8 +56,9 @@ def test_a_folder_is_learned_with_the_bits_of_a_run_not_killed(tmp_path):
     folder = tmp_path / "killed" / "checkpoints"
     meta = store.read_meta(folder, newest(tmp_path / "killed"))
     assert meta["step"] == 1 and not meta["finished"]
-    runs.here(config, tmp_path / "killed", *overrides)
-    runs.here(config, tmp_path / "whole", *overrides)
+    # Not here: with eight devices there are more threads, and other roundings.
+    runs.run(config, tmp_path / "killed", *overrides)
+    runs.run(config, tmp_path / "whole", *overrides)
     assert deterministic(tmp_path / "killed") == deterministic(tmp_path / "whole")
 
     found = runs.results(tmp_path / "killed")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsce_jax import methods
-from bsce_jax.errors import UserError
 from bsce_jax.compute.state import OWN, Network
+from bsce_jax.errors import UserError
 from bsce_jax.methods import bic, geodl, icarl, lucir, ncm, podnet, spb, spb_i, spb_m
 from bsce_jax.models import new_rows, rotations
 from bsce_jax.nearest_mean import normalised

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bsce_jax.models.resnet import ResNet
+from tests.step_example import fast
 
 # Devices 1, 3 and 7 of 8 hold nothing but padding, others a mixture.
 VALID = np.array([1, 1, 0, 0, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1, 0, 0], np.float32)
@@ -68,19 +69,20 @@ def results(where, head):
 
     arguments = state["params"], state["batch_stats"], images, labels, VALID
     if where == "one device":
-        return jax.tree.map(np.asarray, jax.jit(step)(*arguments))
+        return jax.tree.map(np.asarray, fast(jax.jit(step))(*arguments))
     if where == "jit":
         mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
         split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
         placed = [jax.device_put(a, whole) for a in arguments[:2]]
         placed += [jax.device_put(a, split) for a in arguments[2:]]
-        return jax.tree.map(np.asarray, jax.jit(step)(*placed))
+        return jax.tree.map(np.asarray, fast(jax.jit(step))(*placed))
     shards = [a.reshape(8, 2, *a.shape[1:]) for a in arguments[2:]]
-    grads, logits, out, stats = jax.pmap(
+    program = jax.pmap(
         functools.partial(step, axis_name="data"),
         axis_name="data",
         in_axes=(None, None, 0, 0, 0),
-    )(*arguments[:2], *shards)
+    )
+    grads, logits, out, stats = fast(program)(*arguments[:2], *shards)
     for leaf in jax.tree.leaves((grads, stats)):
         np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
     first = jax.tree.map(lambda leaf: np.asarray(leaf[0]), (grads, stats))
@@ -105,8 +107,8 @@ def test_eight_devices_compute_what_one_does(where, head):
 def test_padding_rows_count_for_nothing():
     module, state, images, labels = setting()
     rows = VALID > 0
-    gradient = jax.jit(jax.grad(functools.partial(total_loss, module), has_aux=True))
-    short, aux = gradient(
+    gradient = jax.grad(functools.partial(total_loss, module), has_aux=True)
+    short, aux = fast(jax.jit(gradient))(
         state["params"],
         state["batch_stats"],
         images[rows],
@@ -134,11 +136,9 @@ def test_second_derivatives_of_a_network_with_chunks(x64):
     rng = np.random.default_rng(1)
     direction = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), params)
 
-    @jax.jit
     def forward_over_reverse(params):
         return jax.jvp(jax.grad(loss), (params,), (direction,))[1]
 
-    @jax.jit
     def reverse_over_reverse(params):
         dot = lambda p: sum(  # noqa: E731
             (a * b).sum()
@@ -150,7 +150,8 @@ def test_second_derivatives_of_a_network_with_chunks(x64):
         )
         return jax.grad(dot)(params)
 
-    forward, reverse = forward_over_reverse(params), reverse_over_reverse(params)
+    both = lambda p: (forward_over_reverse(p), reverse_over_reverse(p))  # noqa: E731
+    forward, reverse = fast(jax.jit(both))(params)
     # 1e-12 of the largest entry: both are sums over the whole batch.
     scale = max(abs(leaf).max() for leaf in jax.tree.leaves(reverse))
     jax.tree.map(
@@ -162,8 +163,8 @@ def test_second_derivatives_of_a_network_with_chunks(x64):
 
 def test_training_without_mutable_statistics_discards_them():
     module, state, images, _ = setting()
-    kept, _ = jax.jit(
-        lambda v: module.apply(v, images, train=True, mutable=["batch_stats"])
+    kept, _ = fast(
+        jax.jit(lambda v: module.apply(v, images, train=True, mutable=["batch_stats"]))
     )(state)
-    discarded = jax.jit(lambda v: module.apply(v, images, train=True))(state)
+    discarded = fast(jax.jit(lambda v: module.apply(v, images, train=True)))(state)
     jax.tree.map(np.testing.assert_array_equal, kept, discarded)

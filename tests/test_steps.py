@@ -28,6 +28,7 @@ from tests.step_example import (
     on_one,
     program,
     run,
+    stepped,
 )
 
 SHARED = (jnp.float64, True, "linear")  # the program that most tests run
@@ -139,18 +140,15 @@ def test_unseen_rows_never_move_over_many_updates(x64):
 
 def test_without_old_samples_the_ranking_term_vanishes_exactly(x64):
     """No memory: the update is that without the term, bit for bit."""
-    options = (jnp.float64, False, "lucir", False)
-    tested = program(*options)
+    tested = program(jnp.float64, False, "lucir", False)
     state, context, data, *rest = example(tested, np.float64, method="lucir")
     data = data.replace(labels=(OLD + data.labels % (SEEN - OLD)).astype(np.int32))
     arguments = (state, context, data, *rest)
     kept = tuple(term for term in tested.terms if term.name != "margin_ranking")
     assert len(kept) == len(tested.terms) - 1
-    with_term, metrics = on_one(*options)(*arguments)
-    without, others = run(
-        dataclasses.replace(tested, terms=kept), "jit", jax.devices()[:1], arguments
-    )
-    assert_close(metrics["loss"], others["loss"], 1e-14)
+    with_term, losses = stepped(tested)(*arguments)
+    without, others = stepped(dataclasses.replace(tested, terms=kept))(*arguments)
+    assert_close(losses, others, 1e-14)
     assert_close(with_term.network.params, without.network.params, 1e-14)
 
 
