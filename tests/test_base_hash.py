@@ -198,6 +198,7 @@ def test_the_terms_of_the_phases_of_the_base_step_count():
 
     def found(terms: dict, name: str = "base"):
         c = config().copy_and_resolve_references()
+        c.terms.shift_l2 = {"weight": 0.0}
         c.phase[name].terms = ConfigDict(terms)
         return base_hash(c, DATA)
 
@@ -205,6 +206,8 @@ def test_the_terms_of_the_phases_of_the_base_step_count():
     assert found({"softmax_ce": 0.5}) != expected
     assert found({"softmax_ce": 1.0, "kd": 0.5}) == expected  # no class is old
     assert found({"softmax_ce": 0.5}, "incremental") == expected
+    assert found({"softmax_ce": 1.0, "shift_l2": 0.0}) == expected
+    assert found({"softmax_ce": 1.0, "shift_l2": 0.1}) != expected
     others = {"last": phase(images="exemplars", epochs=3)}
     assert base_hash(config(others), DATA) == expected
     second = {"second": phase(steps="base", epochs=3, terms={"softmax_ce": 0.5})}

@@ -92,7 +92,14 @@ def results(where, head):
     return first[0], logits, out, first[1]
 
 
-@pytest.mark.parametrize("head", NETWORKS)
+# test_forward.py has PODNet's head on several devices.
+HEADS = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "local_similarity"))
+    for name in NETWORKS
+]
+
+
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("where", ["jit", "pmap"])
 def test_eight_devices_compute_what_one_does(where, head):
     got, want = results(where, head), results("one device", head)

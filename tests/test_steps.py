@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bsce_jax import log_prior, meta_alpha
-from bsce_jax.compute import steps, updates
+from bsce_jax.compute import optim, steps, updates
 from bsce_jax.compute.state import Schedule
 from bsce_jax.compute.updates import HELD_OUT, TRAIN
 from bsce_jax.losses import kd
@@ -93,6 +93,7 @@ def test_train_step_is_pytorch_sgd_on_the_weighted_terms(x64):
     """Against jax.grad of a loss written out in full, and hand-made momentum."""
     tested = program(jnp.float64, meta=False, augmented=False)
     state, context, data, _, streams = example(tested, np.float64)
+    context = context.replace(decay=np.float64(0.25))
     batch = batch_of(tested, data, streams[TRAIN], 2)
     step = functools.partial(steps.train_step, tested)
     new, metrics = jitted(step, state, context, batch, 0.1)
@@ -119,13 +120,36 @@ def test_train_step_is_pytorch_sgd_on_the_weighted_terms(x64):
     value, gradient = jitted(jax.value_and_grad(loss), network.params)
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-12)
     expected = jax.tree.map(
-        lambda p, g: p - 0.1 * (g + 2e-4 * p), network.params, gradient
+        lambda p, g: p - 0.1 * (g + 0.25 * 2e-4 * p), network.params, gradient
     )
     head = expected["head"]
     for name in head:  # the row of the class not seen does not move
         head[name] = np.array(head[name])
         head[name][..., SEEN:] = network.params["head"][name][..., SEEN:]
     assert_close(new.network.params, expected, 1e-11)
+
+
+def test_noise_on_the_gradient_is_the_same_on_all_devices(x64):
+    """Of its own random key and the epoch's deviation, over the images of the batch."""
+    plain = program(jnp.float64, meta=False, augmented=False)
+    noisy = dataclasses.replace(plain, noise=optim.Noise(0.3, 1))
+    state, context, data, schedule, streams = example(plain, np.float64)
+    schedule, rows = jax.tree.map(lambda leaf: leaf[-1:], (schedule, streams[TRAIN]))
+    arguments = (state, context, data, schedule, {TRAIN: rows})
+    one, eight = jax.devices()[:1], jax.devices()[:8]
+    without, _ = stepped(plain)(*arguments)
+    found, _ = run(noisy, "jit", one, arguments)
+    assert_close(run(noisy, "pmap", eight, arguments)[0], found, 1e-9)
+    key = updates._key(jax.tree.map(jnp.asarray, schedule), 0, 2)
+    zeros = jax.tree.map(jnp.zeros_like, state.network.params)
+    deviation = 0.3 / 3**0.55 / 5  # in epoch 1, which is the second, of five images
+    expected = jax.tree.map(
+        lambda p, d, s: p - 0.05 * s * d,
+        without.network.params,
+        optim.noise(key, zeros, deviation),
+        context.update_scale,
+    )
+    assert_close(found.network.params, jax.device_get(expected), 1e-8)
 
 
 def test_unseen_rows_never_move_over_many_updates(x64):
