@@ -219,7 +219,7 @@ def held_out_per_class(m: int, fraction: float = 0.1) -> int:
     """
     if m < 2:
         raise UserError(
-            f"m={m}: Meta needs at least 2 exemplars a class, one of them held out"
+            f"m={m}: at least 2 exemplars a class are needed, one of them held out"
         )
     held_out = max(1, math.floor(fraction * m + 0.5))
     if not 0 < fraction < 1 or held_out >= m:

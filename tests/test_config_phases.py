@@ -360,3 +360,16 @@ def test_the_names_of_fields_are_found():
     assert fields.find("options.share") is FIELDS["options"]
     for name in ("phase", "phase.base", "phase.base.rate", "data", "seed.x", "other"):
         assert fields.find(name) is None
+
+
+def test_a_term_without_its_teacher_is_one_clear_line():
+    config = default_config()
+    config.terms = ConfigDict({"softmax_ce": {"weight": 1.0}, "kd": {"weight": 1.0}})
+    config.phase.incremental.teacher = "none"
+    line = (
+        "config.phase.incremental.teacher='none': expected before or now for the term"
+    )
+    with pytest.raises(UserError, match=f"^{line} term kd$"):
+        resolve(config)
+    config.phase.incremental.terms = ConfigDict({"softmax_ce": 1.0})
+    resolve(config)

@@ -12,24 +12,30 @@ from bsce_jax.errors import UserError
 from bsce_jax.models import heads
 
 COSINES = ("cosine", "local_similarity")
+SHARES = np.array([1.0, -2.0, 3.0, 0.5], np.float32)  # of the heads of SPB-M
 
 
 def apply(name, params, features):
     """Logits and the dict of a head, sizes taken from its kernel."""
     *_, proxies, classes = (1, *params["kernel"].shape)
     module = heads.create(name, classes, proxies)
-    return jax.jit(module.apply)({"params": params}, features)
+    logits, out = jax.jit(module.apply)({"params": params}, features)
+    if name == "perspectives":  # all heads, told apart by their weights
+        every = out.pop("perspectives")
+        logits = (every * SHARES[None, :, None]).sum(axis=1)
+    return logits, out
 
 
 def example(name, dtype=np.float64, batch=3, size=5, proxies=3, classes=4, seed=0):
     """Random parameters of a head and features."""
     rng = np.random.default_rng(seed)
-    middle = (proxies,) if name == "local_similarity" else ()
+    middle = {"local_similarity": (proxies,), "perspectives": (4,)}.get(name, ())
     params = {"kernel": rng.normal(size=(size, *middle, classes)).astype(dtype)}
     if name == "linear":
         params["bias"] = rng.normal(size=classes).astype(dtype)
     else:
-        params["scale"] = np.asarray(1.7, dtype)
+        scale = [1.7, 0.6, 2.5, 1.1] if name == "perspectives" else 1.7
+        params["scale"] = np.asarray(scale, dtype)
     return params, rng.normal(size=(batch, size)).astype(dtype)
 
 
@@ -43,6 +49,13 @@ def oracle(name, params, features):
     kernel = params["kernel"]
     if name == "linear":
         return features @ kernel + params["bias"], None
+    if name == "perspectives":
+        each = [
+            oracle("cosine", {"kernel": kernel[:, b], "scale": scale}, features)
+            for b, scale in enumerate(params["scale"])
+        ]
+        shared = sum(share * z for share, (z, _) in zip(SHARES, each, strict=True))
+        return shared, each[0][1]
     scores = np.zeros((len(features), kernel.shape[-1]))
     for i, j in np.ndindex(scores.shape):
         if name == "cosine":
@@ -111,7 +124,7 @@ def test_a_head_and_its_gradient_equal_the_formula(x64, name):
     else:
         assert sorted(out) == ["scale", "similarities"]
         close(out["similarities"], similarities)
-        close(out["scale"], params["scale"])
+        close(out["scale"], np.ravel(params["scale"])[0])
     leaves, tree = jax.tree.flatten((params, features))
     sizes = np.cumsum([leaf.size for leaf in leaves])[:-1]
 
@@ -252,5 +265,6 @@ def test_everything_has_the_type_of_the_features(x64, name):
 
 def test_an_unknown_head_is_one_clear_line():
     line = "head='square' is unknown; allowed: linear, cosine, local_similarity"
+    line += ", perspectives"
     with pytest.raises(UserError, match=f"^{line}$"):
         heads.create("square", 10)

@@ -91,6 +91,7 @@ def kill_and_compare(config, undisturbed, name, kills, seed):
     assert deterministic(workdir) == deterministic(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_kill(config, undisturbed):
     kill_and_compare(config, undisturbed, "one", 1, seed=time.time_ns())
 

@@ -169,6 +169,11 @@ def _check_phase(name: str, phase: ConfigDict, used: Mapping[str, str]) -> None:
         allowed = "epochs above 0 in ascending order"
         raise field_error(f"{name}.milestones", marks, allowed)
     terms.check_phase(f"{name}.terms", phase.terms, used)
+    if phase.steps == "later" and phase.teacher == "none" and phase.epochs:
+        for term in filter(terms.needs_teacher, phase.terms or used.values()):
+            raise field_error(
+                f"{name}.teacher", "none", f"before or now for the term {term}"
+            )
 
 
 def _check_streaming(data: ConfigDict) -> None:

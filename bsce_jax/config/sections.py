@@ -205,8 +205,8 @@ OPTIM = {
     ),
     "noise": Field(
         0.0,
-        "Noise on the gradient (EEIL): in epoch e its standard deviation is noise / (1 "
-        "+ e)^0.55 over the images of a batch; 0 = none.",
+        "Noise on the gradient (EEIL): in epoch e, counted from 1, its standard "
+        "deviation is noise / (1 + e)^0.55 over the images of a batch; 0 = none.",
         least=0,
         base=True,
     ),

@@ -41,6 +41,11 @@ def in_base_step(name: str) -> str:
     return getattr(module(name), "WITHOUT_OLD_CLASSES", name)
 
 
+def needs_teacher(name: str) -> bool:
+    """Whether a term compares the network with a teacher."""
+    return getattr(module(name), "NEEDS_TEACHER", False)
+
+
 def needs_similarities(name: str) -> bool:
     """Whether a term needs a head with similarities and a learned scale."""
     return getattr(module(name), "NEEDS_SIMILARITIES", False)

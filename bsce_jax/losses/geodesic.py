@@ -17,6 +17,8 @@ from bsce_jax.norms import norm, normalise
 
 NEEDS_OLD_CLASSES = True
 """The term is absent from the program of the base step."""
+NEEDS_TEACHER = True
+"""The term is refused in a phase without a teacher."""
 
 _FEWEST = 4  # valid rows
 _SMALLEST_ANGLE = 1e-6

@@ -10,6 +10,8 @@ from bsce_jax.log_prior import EXCLUDED
 
 NEEDS_OLD_CLASSES = True
 """The term is absent from the program of the base step."""
+NEEDS_TEACHER = True
+"""The term is refused in a phase without a teacher."""
 
 
 def knowledge_distillation(

@@ -4,6 +4,6 @@ One minus the cosine, as the authors coded it (half the square of the distance o
 normalised features): the less-forget constraint under another name and weight.
 """
 
-from bsce_jax.losses.less_forget import NEEDS_OLD_CLASSES, term
+from bsce_jax.losses.less_forget import NEEDS_OLD_CLASSES, NEEDS_TEACHER, term
 
-__all__ = ["NEEDS_OLD_CLASSES", "term"]
+__all__ = ["NEEDS_OLD_CLASSES", "NEEDS_TEACHER", "term"]

@@ -6,6 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bsce_jax import memory, scenario
+from bsce_jax.config import priors
 from bsce_jax.data import resident, source
 from bsce_jax.errors import UserError
 
@@ -170,10 +171,17 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
                     f"{dataset.class_names[position]!r} has {images[position]} "
                     "training images"
                 )
-    if config.prior == "meta":
+    if holds_out(config):
         for group in dataset.groups[:-1]:
-            size = exemplars_per_class(config, group.stop)
-            memory.held_out_per_class(size, config.meta.fraction)
+            if size := exemplars_per_class(config, group.stop):
+                priors.held_out_per_class(config, size)
+
+
+def holds_out(config: ConfigDict) -> bool:
+    """Whether some of a step's images are kept for alpha, or for a phase."""
+    return priors.learns_alpha(config) or any(
+        phase.images == "held_out" and phase.epochs for phase in config.phase.values()
+    )
 
 
 def exemplars_per_class(config: ConfigDict, num_seen: int) -> int:

@@ -14,7 +14,7 @@ from bsce_jax import memory
 from bsce_jax.compute import optim
 from bsce_jax.config import priors
 from bsce_jax.data import sampling
-from bsce_jax.run.dataset import Dataset, exemplars_per_class
+from bsce_jax.run.dataset import Dataset, exemplars_per_class, holds_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,18 +183,11 @@ def training_set(
     stored, _ = memory.exemplars(ranking, group.start, size)
     train = np.concatenate([new.astype(np.int32), stored.astype(np.int32)])
     held_out = np.zeros(0, np.int32)
-    if step and size and _holds_out(config):
+    if step and size and holds_out(config):
         held = priors.held_out_per_class(config, size)
         rng = np.random.default_rng([config.seed, step, _HELD_OUT])
         train, held_out = memory.balanced_split(train, labels[train], held, rng)
     return TrainingSet(train, held_out, len(stored))
-
-
-def _holds_out(config: ConfigDict) -> bool:
-    """Whether some of a step's images are kept for alpha, or for a phase."""
-    return priors.learns_alpha(config) or any(
-        phase.images == "held_out" for phase in configured(config)
-    )
 
 
 def step_data(
