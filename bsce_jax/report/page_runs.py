@@ -8,7 +8,7 @@ from bsce_jax.report.markup import Html, join, tag
 from bsce_jax.report.run_facts import (
     Environment,
     Facts,
-    Field,
+    Setting,
     facts,
     fields,
     learned,
@@ -199,7 +199,7 @@ def _configuration(
     )
 
 
-def _fields(found: Sequence[Field]) -> Html:
+def _fields(found: Sequence[Setting]) -> Html:
     rows = []
     for field in found:
         default = "–" if field.default is None else field.default

@@ -31,7 +31,7 @@ class Environment(NamedTuple):
     versions: tuple[tuple[str, str], ...]
 
 
-class Field(NamedTuple):
+class Setting(NamedTuple):
     """A field of a configuration, as text."""
 
     name: str
@@ -66,14 +66,14 @@ def facts(results: Results) -> Facts:
 
 def fields(
     runs: Sequence[Results], defaults: Mapping[str, Any]
-) -> tuple[list[Field], list[Field]]:
+) -> tuple[list[Setting], list[Setting]]:
     """Configuration of a cell's runs: what differs from the defaults, and the rest.
 
     A field in which the runs differ, the seed, has all their values. Left out is
     init_from: it says where a base step came from that the run would have trained.
     """
-    changed: list[Field] = []
-    rest: list[Field] = []
+    changed: list[Setting] = []
+    rest: list[Setting] = []
     names = dict.fromkeys(name for run in runs for name in run["config"])
     names.pop("init_from", None)
     for name in names:
@@ -81,7 +81,7 @@ def fields(
         texts = list(dict.fromkeys(map(_text, values)))
         default = _text(defaults[name]) if name in defaults else None
         same = name in defaults and all(value == defaults[name] for value in values)
-        (rest if same else changed).append(Field(name, ", ".join(texts), default))
+        (rest if same else changed).append(Setting(name, ", ".join(texts), default))
     return changed, rest
 
 
