@@ -369,7 +369,7 @@ def test_a_term_without_its_teacher_is_one_clear_line():
     line = (
         "config.phase.incremental.teacher='none': expected before or now for the term"
     )
-    with pytest.raises(UserError, match=f"^{line} term kd$"):
+    with pytest.raises(UserError, match=f"^{line} kd$"):
         resolve(config)
     config.phase.incremental.terms = ConfigDict({"softmax_ce": 1.0})
     resolve(config)

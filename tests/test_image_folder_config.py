@@ -1,6 +1,7 @@
 """configs/image_folder.py from a folder of JPEGs to results, killed once on the way."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from bsce_jax.checkpoints import store
@@ -40,6 +41,7 @@ def write_photos(folder):
             image.save(folder / f"bird{label}" / f"{i}.jpg")
 
 
+@pytest.mark.slow
 def test_a_folder_is_learned_with_the_bits_of_a_run_not_killed(tmp_path):
     write_photos(tmp_path / "birds")
     data = str(tmp_path / "data")

@@ -114,7 +114,7 @@ def test_the_method_s_own_network_trains_as_well(config):
 
 
 OTHERS = [
-    ("meta", []),
+    pytest.param("meta", [], marks=pytest.mark.slow),  # IL-Baseline's: test_experiment
     ("balanced", []),
     pytest.param("weighted", ["--config.alpha=0.5"], marks=pytest.mark.slow),
     pytest.param("relaxed", ["--config.epsilon=1"], marks=pytest.mark.slow),
