@@ -195,6 +195,7 @@ def test_a_run_of_two_processes_is_that_of_one_device(tmp_path, method, devices,
     assert runs.results(workdir)["steps"][0]["telemetry"]["processes"] == 2
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(baseline, undisturbed):
     """Killed while training: a clear line at once, then two devices."""
     workdir = baseline.parent / "killed"

@@ -103,6 +103,7 @@ def tuned(tmp_path_factory):
     return runs.config_file(folder, classes=6, base=4, steps=2, method="podnet")
 
 
+@pytest.mark.slow
 def test_a_kill_inside_the_fine_tuning(tuned):
     """Base: updates 1 to 4. Step 1: 5 and 6, and 7 to 12 of the fine-tuning."""
     workdir, whole = tuned.parent / "killed", tuned.parent / "whole"
