@@ -46,6 +46,7 @@ from numpy.typing import NDArray
 
 from bsce_jax.compute.state import Network
 from bsce_jax.errors import field_error
+from bsce_jax.models import new_rows
 
 FORWARD = "forward"
 
@@ -100,6 +101,12 @@ class Step(NamedTuple):
     def new_features(self) -> list[NDArray]:
         """Features of each new class, [images, D]."""
         return [found for _, found in self.features(self.new)]
+
+
+def imprinted(step: Step) -> Network:
+    """A `begin` of several methods: the new rows of a cosine head are imprinted."""
+    rows = new_rows.imprint(step.head, step.new_features(), step.num_old)
+    return step.with_head(rows)
 
 
 def module(name: str) -> ModuleType:

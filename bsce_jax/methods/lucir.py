@@ -1,13 +1,7 @@
 """LUCIR (Hou et al. 2019, section 3): new rows of the cosine head are imprinted."""
 
-from bsce_jax.compute.state import Network
-from bsce_jax.methods import Step
-from bsce_jax.models import new_rows
+from bsce_jax.methods import imprinted
 
 HEADS = ("cosine",)
 
-
-def begin(step: Step) -> Network:
-    """Imprints the new classes."""
-    features = step.new_features()
-    return step.with_head(new_rows.imprint(step.head, features, step.num_old))
+begin = imprinted

@@ -5,16 +5,12 @@ Classes are learned on the images as they are, features are kept in all rotation
 """
 
 from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Step
-from bsce_jax.models import new_rows, rotations
+from bsce_jax.methods import imprinted
+from bsce_jax.models import rotations
 
 HEADS = ("cosine",)
 
-
-def begin(step: Step) -> Network:
-    """Imprints the new classes."""
-    features = step.new_features()
-    return step.with_head(new_rows.imprint(step.head, features, step.num_old))
+begin = imprinted
 
 
 def rotated(

@@ -1,7 +1,6 @@
 """The fixed parts of a run: data on the devices, programs, clocks, the writer."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -107,7 +106,6 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
 
 def _no_results(config: ConfigDict, data: dataset.Dataset) -> dict[str, Any]:
     """The results of a run that has finished no step."""
-    none: Sequence[Any] = []
     return {
         "schema": results.SCHEMA,
         "name": config.name,
@@ -118,6 +116,6 @@ def _no_results(config: ConfigDict, data: dataset.Dataset) -> dict[str, Any]:
         "class_names": list(data.class_names),
         "class_order": [int(i) for i in data.class_order],
         "image_shape": list(data.image_shape),
-        "steps": list(none),
-        "summary": results.summary(none),
+        "steps": [],
+        "summary": results.summary([]),
     }
