@@ -3,10 +3,11 @@
     python -m bsce_jax.main --config configs/cifar100.py:prior=balanced,steps=5
 
 Arguments: method (a file of configs/methods/), prior, steps, memory (exemplars a
-class; 0 = none), seed, and for prior=weighted alpha, for prior=relaxed epsilon (images;
-else the paper's 0.2 %, 1). Hyper-parameters are those of the methods' authors
-(configs/methods/). Expected average incremental accuracy for steps=5 (Jodelet et al.,
-Tables 1 and 3):
+class; 0 = none), seed, for prior=weighted alpha, for prior=relaxed epsilon (images;
+else the paper's 0.2 %, 1), and short, by which all epochs and milestones are divided:
+the paper's protocol but for its length. Hyper-parameters are those of the methods'
+authors (configs/methods/). Expected average incremental accuracy for steps=5 (Jodelet
+et al., Tables 1 and 3):
 
     method        none    balanced  meta    memory=0: none  balanced  relaxed
     il_baseline   43.80   62.22     64.11
@@ -27,7 +28,7 @@ from bsce_jax.config import (
     method_module,
 )
 
-ARGUMENTS = COMMON_ARGUMENTS
+ARGUMENTS = COMMON_ARGUMENTS | {"short": 1}
 
 
 def get_config(argument: str | None = None) -> ConfigDict:

@@ -214,6 +214,19 @@ def test_the_rates_of_a_phase():
     assert len(found["base"].learning_rates(0)) == 250
 
 
+def test_a_shortened_run_divides_epochs_and_milestones_alone():
+    few = {"few": phase(epochs=20, milestones=(10,), learning_rate=0.5)}
+    (base, _, last), (short_base, _, short_last) = (
+        configured(config(few, short=n)) for n in (1, 20)
+    )
+    assert (base.epochs, last.epochs) == (250, 20)
+    assert (short_base.epochs, short_last.epochs) == (12, 1)
+    rates = [0.1] * 5 + [0.01] * 2 + [0.001] * 3 + [0.0001] * 2
+    np.testing.assert_allclose(short_base.rates, rates)
+    assert short_last.rates == (0.5,)  # its milestone lies after the only epoch
+    assert (last.first_epoch, short_last.first_epoch) == (250, 12)
+
+
 def test_a_phase_has_the_fields_of_its_section():
     changes = {
         "images": "held_out",

@@ -57,6 +57,13 @@ RUN = {
         "separated_softmax_ce.",
         choices=("auto", "softmax_ce", "separated_softmax_ce"),
     ),
+    "short": Field(
+        1,
+        "Divides the epochs and milestones of every phase, rounded down but not below "
+        "1: the same protocol in less time; 1 = whole.",
+        least=1,
+        base=True,
+    ),
     "init_from": Field(
         "", "Workdir of another run whose base step is taken over.", hashed=False
     ),

@@ -41,7 +41,10 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
 def _default_name(config: ConfigDict) -> str:
     parts = [config.data.name, config.method, priors.label(config)]
-    return "-".join([*parts, f"{config.scenario.steps}steps"])
+    parts.append(f"{config.scenario.steps}steps")
+    if config.short > 1:
+        parts.append(f"short{config.short}")
+    return "-".join(parts)
 
 
 def _exists(phase: ConfigDict, prior: str) -> bool:

@@ -64,19 +64,20 @@ def configured(config: ConfigDict) -> tuple[Phase, ...]:
         section = config.phase[name]
         if not section.epochs:
             continue
+        epochs = _shortened(config, section.epochs)
         before = sum(p.epochs for p in found if p.steps == section.steps)
         found.append(
             Phase(
                 name=name,
+                epochs=epochs,
                 first_epoch=before,
-                rates=_rates(section),
+                rates=_rates(config, section, epochs),
                 rate=section.rate.to_dict(),
                 **{
                     field: section[field]
                     for field in (
                         "steps",
                         "images",
-                        "epochs",
                         "by_step",
                         "sampling",
                         "replay",
@@ -90,14 +91,19 @@ def configured(config: ConfigDict) -> tuple[Phase, ...]:
     return tuple(found)
 
 
-def _rates(section: ConfigDict) -> tuple[float, ...]:
+def _shortened(config: ConfigDict, epochs: int) -> int:
+    """Epochs, or the epoch of a milestone, in a run that may be shortened."""
+    return max(1, epochs // config.short)
+
+
+def _rates(config: ConfigDict, section: ConfigDict, epochs: int) -> tuple[float, ...]:
     """The learning rate of each epoch of a phase."""
-    rate, epochs = section.learning_rate, section.epochs
+    rate = section.learning_rate
     if section.schedule == "cosine":
         return tuple(optim.lagged_cosine(rate, e, epochs) for e in range(epochs))
+    milestones = [_shortened(config, mark) for mark in section.milestones]
     return tuple(
-        optim.step_decay(rate, e, section.milestones, section.decay)
-        for e in range(epochs)
+        optim.step_decay(rate, e, milestones, section.decay) for e in range(epochs)
     )
 
 
