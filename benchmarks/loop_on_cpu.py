@@ -26,8 +26,7 @@ import numpy as np
 
 from bsce_jax import models
 from bsce_jax.compute import steps, updates
-from bsce_jax.compute.state import Images, PyTree, Rows, Schedule
-from bsce_jax.compute.updates import TRAIN
+from bsce_jax.compute.state import TRAIN, Images, PyTree, Rows, Schedule
 from bsce_jax.run import programs
 
 REDUCED = {"size": 8, "batch": 8, "updates": 3, "repeats": 2, "conv_chunks": 1}

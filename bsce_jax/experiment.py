@@ -6,6 +6,8 @@ is written from it.
 """
 
 import contextlib
+import dataclasses
+import functools
 import logging
 import time
 from typing import Any
@@ -23,7 +25,7 @@ from bsce_jax.errors import UserError
 from bsce_jax.hosts.peers import Peers
 from bsce_jax.hosts.stop import StopSignal
 from bsce_jax.report import tables
-from bsce_jax.run import hooks
+from bsce_jax.run import companions, hooks
 from bsce_jax.run.context import has_teacher, phase_context
 from bsce_jax.run.loop import (
     History,
@@ -179,6 +181,9 @@ def train(run: Run, progress: Progress, phase: Phase, stop: StopSignal) -> None:
 
     watch = Watch(after_call, due, save_inside, lambda: stop.number)
     context = parallel.replicate(run.devices, context)
+    if loop.training.with_companions:
+        table = functools.partial(companions.table, run, loop, context)
+        loop = dataclasses.replace(loop, companions=table)
     try:
         progress.state = fit(loop, progress.state, context, history, watch)
     except NotFiniteError as error:

@@ -12,7 +12,9 @@ import optax
 from bsce_jax import log_prior
 from bsce_jax.compute import optim, parallel, steps, updates
 from bsce_jax.compute.state import (
+    HELD_OUT,
     OWN,
+    TRAIN,
     Images,
     Network,
     Rows,
@@ -20,7 +22,6 @@ from bsce_jax.compute.state import (
     StepContext,
     TrainState,
 )
-from bsce_jax.compute.updates import HELD_OUT, TRAIN
 from bsce_jax.config import terms
 from bsce_jax.data import augment
 from tests.tiny import TinyNet

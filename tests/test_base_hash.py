@@ -20,6 +20,8 @@ DATA = dataset([8] * 6, base=3, steps=3)
 OF_A_PHASE = {
     "augment": False,
     "batch_norm": "eval",
+    "beside": "memory",
+    "beside_size": 3,
     "by_step": "1/step",
     "decay": 0.2,
     "epochs": 3,
@@ -44,6 +46,7 @@ OF_A_PHASE = {
 # One other value for each field that reaches the base step.
 RELEVANT = {
     "seed": 1,
+    "short": 2,
     "matmul_precision": "highest",
     "data.name": "other",
     "data.train_split": "train[:50%]",

@@ -111,7 +111,7 @@ def variables(seed: int) -> dict:
 
 
 def network(config: ConfigDict, seed: int) -> Network:
-    own = methods.initial(config, CLASSES, 4)
+    own = methods.initial(config, methods.Sizes(CLASSES, 4, (6, 6, 1), 2, 3))
     params = variables(seed)["params"] | ({OWN: own.params} if own.params else {})
     return Network(params, variables(seed)["batch_stats"], own.extra)
 

@@ -1,5 +1,6 @@
 """The batch plan: every image once an epoch, the same from anywhere."""
 
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsce_jax.data import batches, sampling
+from bsce_jax.data import batches, companions, sampling
 
 SIZES = st.integers(1, 40)
 plans = settings(max_examples=60, deadline=None)
@@ -106,7 +107,7 @@ def test_images_in_order_come_once_each(n: int, batch_size: int) -> None:
     found, valid = batches.group(plan, 0, len(plan))
     np.testing.assert_array_equal(found[valid > 0], indices)
     assert valid.size == len(plan) * batch_size < n + batch_size
-    assert plan.key(0) is None
+    assert plan.key(0, 0) is None
 
 
 def test_keys_of_crops_differ_between_batches_and_purposes() -> None:
@@ -115,9 +116,14 @@ def test_keys_of_crops_differ_between_batches_and_purposes() -> None:
     other = batches.Shuffled(source_rows(4), 2, 3, 1, 2, sampler=sampled)
     held_out = batches.Cycled(source_rows(7), 2, 8, seed=1, step=2)
     assert plain.per_epoch == 4 and other.per_epoch == 3 and len(other) == 9
-    assert plain.key(0)[:4] == (1, 2, 5, 0) and plain.key(9)[:4] == (1, 2, 7, 1)
-    keys = [plan.key(i) for plan in (plain, held_out) for i in range(len(plan))]
-    assert len(set(keys)) == 20
+    assert plain.key(0, 1)[:4] == (1, 2, 5, 0) and plain.key(9, 1)[:4] == (1, 2, 7, 1)
+    beside = dataclasses.replace(held_out, stream=batches.BESIDE)
+    plans = plain, held_out, beside
+    keys = [
+        plan.key(i, row) for plan in plans for i in range(len(plan)) for row in (0, 1)
+    ]
+    assert len(set(keys)) == len(keys) == 56
+    assert any((held_out[i][0] != beside[i][0]).any() for i in range(8))
     indices, valid = held_out[3]
     expected = batches.cycled_rows(source_rows(7), 2, 3, seed=1, step=2)
     np.testing.assert_array_equal(indices, expected)
@@ -188,3 +194,35 @@ def test_a_sampler_draws_with_its_probabilities_and_its_number() -> None:
         )
         joined.append(found[valid > 0])
     np.testing.assert_array_equal(np.concatenate(joined), indices[other])
+
+
+@plans
+@given(n=SIZES, batch_size=SIZES, each=st.integers(1, 4), epoch=st.integers(0, 2))
+def test_companions_are_images_of_their_own_places(n, batch_size, each, epoch):
+    """A companion is the image, and has the key, of the row where it is itself."""
+    plan = batches.Shuffled(source_rows(n), batch_size, 3, seed=1, step=2)
+    table = np.random.default_rng(n).integers(-1, n, (n, each)).astype(np.int32)
+    found = companions.Companions(plan, epoch, table)
+    start = epoch * plan.per_epoch
+    assert len(found) == start + plan.per_epoch
+    assert found.size == batch_size * each
+    for place in range(n):
+        update, row = divmod(place, batch_size)
+        images, valid = found[start + update]
+        for k in range(each):
+            other, at = table[place, k], row * each + k
+            assert valid[at] == (other >= 0)
+            if other >= 0:
+                theirs, row_there = divmod(int(other), batch_size)
+                assert images[at] == plan[start + theirs][0][row_there]
+                assert found.key(start + update, at) == plan.key(
+                    start + theirs, row_there
+                )
+    assert not found[start + plan.per_epoch - 1][1][n * each :].any()
+
+
+def test_leading_batches_are_those_of_the_plan():
+    plan = batches.Shuffled(source_rows(7), 2, 3, seed=1, step=2)
+    found = batches.Leading(plan, 5)
+    assert len(found) == 5 and found.size == 2 and found.key(3, 1) == plan.key(3, 1)
+    np.testing.assert_array_equal(found[4][0], plan[4][0])

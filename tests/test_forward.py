@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from bsce_jax.compute import parallel, steps
-from bsce_jax.compute.state import OWN, Batch
-from bsce_jax.compute.updates import HELD_OUT, TRAIN
+from bsce_jax.compute.state import HELD_OUT, OWN, TRAIN, Batch
 from bsce_jax.log_prior import EXCLUDED
 from tests.step_example import (
     BATCH,

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from bsce_jax.compute import optim, steps
-from bsce_jax.compute.state import OWN
-from bsce_jax.compute.updates import HELD_OUT, TRAIN
+from bsce_jax.compute.state import HELD_OUT, OWN, TRAIN
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 from tests.step_example import (
     EVERY_GROUP,

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent / "bsce_jax"
 PAPER = {"log_prior", "meta_alpha", "memory", "metrics", "scenario", "nearest_mean"}
-PAPER |= {"norms", "slda", "losses", "models"}
+PAPER |= {"norms", "neighbours", "neural_gas", "slda", "dde", "losses", "models"}
 # What each module or folder may import of the package; itself and `errors` always.
 ALLOWED: dict[str, set[str]] = {
     **{name: PAPER for name in PAPER},

@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from bsce_jax.compute import parallel
-from bsce_jax.compute.updates import HELD_OUT, TRAIN
+from bsce_jax.compute.state import HELD_OUT, TRAIN
 from bsce_jax.config.fields import default_config, phase
 from bsce_jax.config.resolve import resolve
 from bsce_jax.data import batches

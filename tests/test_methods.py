@@ -33,6 +33,7 @@ def test_every_method_is_found_and_another_is_refused_in_one_line():
 
 # A step as a method sees it: what is new, the exemplars, features of either.
 
+ALL = methods.Sizes(classes=7, features=6, image=(8, 8, 1), new=3, exemplars=4)
 SIZES, OLD = (5, 4), 3  # new classes and their images; three classes are old
 
 
@@ -215,7 +216,7 @@ def test_a_step_of_podnet_begins_with_centres_of_new_classes():
 
 
 def test_a_scale_and_a_shift_start_anew_on_the_new_classes():
-    initial = bic.initial(7, 6)
+    initial = bic.initial(ALL)
     assert initial.params == {"scale": 1, "shift": 0}
     assert all(v.dtype == np.float32 for v in initial.params.values())
     assert not initial.extra["corrected"].any() and len(initial.extra["corrected"]) == 7
@@ -234,7 +235,7 @@ def test_a_scale_and_a_shift_start_anew_on_the_new_classes():
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_icarl_keeps_the_means_of_the_exemplars_of_all_classes_seen(mirrored):
     """Of normalised features, in both views where images are mirrored."""
-    extra = icarl.initial(7, 6).extra
+    extra = icarl.initial(ALL).extra
     step, table, asked = shown(proxies(), extra=extra, mirrored=mirrored)
     found = icarl.finish(step)
     views = ["plain", "mirrored"][: 1 + mirrored]
@@ -250,7 +251,7 @@ def test_icarl_keeps_the_means_of_the_exemplars_of_all_classes_seen(mirrored):
 
 
 def test_icarl_has_no_nan_where_no_exemplar_of_a_class_can_be_read():
-    step, *_ = shown(proxies(), extra=icarl.initial(7, 6).extra)
+    step, *_ = shown(proxies(), extra=icarl.initial(ALL).extra)
     one = [images[:1] if c == 1 else images for c, images in enumerate(step.exemplars)]
     means = icarl.finish(step._replace(exemplars=one)).extra["means"]
     assert np.isfinite(means).all() and not means[1].any() and means[0].any()

@@ -101,7 +101,12 @@ def test_a_network_has_what_its_method_adds():
         ("bic", {"scale": (), "shift": ()}, {"corrected": (6,)}),
         ("icarl", None, {"means": (6, 4)}),
     ):
-        chosen = config(method=method, memory__per_class=4)
+        chosen = config(
+            method=method,
+            memory__per_class=4,
+            scenario__base_classes=2,
+            scenario__steps=2,
+        )
         shapes = programs.network_shapes(chosen, MODEL, (8, 8, 1))
         found = programs.init_network(chosen, MODEL, (8, 8, 1))
         assert (OWN in found.params) == (own is not None)

@@ -11,8 +11,7 @@ import pytest
 
 from bsce_jax import log_prior, meta_alpha
 from bsce_jax.compute import optim, steps, updates
-from bsce_jax.compute.state import Schedule
-from bsce_jax.compute.updates import HELD_OUT, TRAIN
+from bsce_jax.compute.state import HELD_OUT, TRAIN, Schedule
 from bsce_jax.losses import kd
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 from tests.step_example import (

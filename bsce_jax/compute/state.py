@@ -1,6 +1,6 @@
 """What enters compiled code: the network, the step's context and batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -76,6 +76,11 @@ class StepContext(struct.PyTreeNode):
     decay: Array = 1.0
 
 
+TRAIN, HELD_OUT, MEMORY, COMPANIONS = "train", "held_out", "memory", "companions"
+"""Streams of images: a phase's own; alpha's; and the two that may go beside its own,
+exemplars of the old classes, and images that go with each image of the batch."""
+
+
 class Batch(struct.PyTreeNode):
     """One batch on the devices; under pmap this device's rows of it.
 
@@ -84,12 +89,15 @@ class Batch(struct.PyTreeNode):
       labels: [B] int32, positions in the class order.
       valid: [B] float32, 0 for rows that only fill the batch.
       axis_name: static, name of the pmapped axis, or None.
+      beside: the batch of another stream, by its name: of MEMORY, or of COMPANIONS,
+        [B * K, ...], where the K of a row stand together.
     """
 
     images: Array
     labels: Array
     valid: Array
     axis_name: str | None = struct.field(pytree_node=False, default=None)
+    beside: Mapping[str, "Batch"] = struct.field(default_factory=dict)
 
     def mean(self, values: Array) -> Array:
         """Mean over the valid rows of all devices, [B, ...] -> [...]."""
@@ -136,10 +144,14 @@ class Images(struct.PyTreeNode):
 class Rows(struct.PyTreeNode):
     """Rows of consecutive batches of a plan, each [U, B]; U updates in one call.
 
+    Those of companions are [U, B, K]: the K that go with a row stay on its device.
+
     Attributes:
       indices: int32 into Images.
       valid: float32, 0 for rows that only fill the batch.
       numbers: int32, row number in the global batch (for its random key).
+      updates: int32, the update of its epoch whose key an image has, where that is not
+        the update itself, else None.
       images: uint8 [U, B, H, W, channels] where they are streamed and there are no
         Images, else None.
       labels: int32, with `images`.
@@ -148,6 +160,7 @@ class Rows(struct.PyTreeNode):
     indices: Array
     valid: Array
     numbers: Array
+    updates: Array | None = None
     images: Array | None = None
     labels: Array | None = None
 

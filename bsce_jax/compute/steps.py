@@ -12,6 +12,7 @@ from flax import linen as nn
 from bsce_jax import log_prior, meta_alpha
 from bsce_jax.compute import optim
 from bsce_jax.compute.state import (
+    COMPANIONS,
     OWN,
     Apply,
     Array,
@@ -135,9 +136,14 @@ def scores(outputs: Outputs, seen: Array) -> Array:
 def _teacher_outputs(
     program: Program, context: StepContext, batch: Batch
 ) -> Outputs | None:
-    """The teacher's outputs, in evaluation mode, without gradient."""
+    """The teacher's outputs, in evaluation mode, without gradient.
+
+    It sees the memory's images too; companions are the student's alone.
+    """
     if context.teacher is None:
         return None
+    beside = {k: part for k, part in batch.beside.items() if k != COMPANIONS}
+    batch = batch.replace(beside=beside)
     apply = _applier(program, False, batch.axis_name)
     out, _ = program.forward(apply, context.teacher, batch, context)
     return jax.lax.stop_gradient(out)
@@ -309,19 +315,23 @@ def fetch(
 ) -> Batch:
     """The batch of one update; augmented where a random key is given.
 
-    Gathered from `data`, or without it the rows' own images.
+    Gathered from `data`, or without it the rows' own images. The key is the update's,
+    or one for each image.
     """
+    numbers, valid = rows.numbers[update].ravel(), rows.valid[update].ravel()
     if data is None:
         assert rows.images is not None and rows.labels is not None
-        images, labels = rows.images[update], rows.labels[update]
+        shape = rows.images.shape[-3:]
+        images, labels = rows.images[update].reshape(-1, *shape), rows.labels[update]
+        labels = labels.ravel()
     else:
-        indices = rows.indices[update]
+        indices = rows.indices[update].ravel()
         images, labels = data.images[indices], data.labels[indices]
     if key is None:
         images = program.test_images(images)
     else:
-        images = program.train_images(images, key, rows.numbers[update])
-    return Batch(images, labels, rows.valid[update], axis_name)
+        images = program.train_images(images, key, numbers)
+    return Batch(images, labels, valid, axis_name)
 
 
 def make_evaluate(program: Program) -> Callable:

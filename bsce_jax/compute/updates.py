@@ -7,17 +7,29 @@ import jax
 import jax.numpy as jnp
 
 from bsce_jax.compute.state import (
+    COMPANIONS,
+    HELD_OUT,
+    MEMORY,
+    TRAIN,
     Array,
+    Batch,
     Images,
+    Network,
     Rows,
     Schedule,
     StepContext,
     TrainState,
 )
-from bsce_jax.compute.steps import Program, fetch, meta_step, train_step
+from bsce_jax.compute.steps import (
+    Program,
+    fetch,
+    meta_step,
+    outputs_of,
+    train_step,
+)
 
-TRAIN, HELD_OUT = "train", "held_out"
-"""Streams of images of a phase: D_t, and the balanced B_t that alpha is learned on."""
+# What the random keys of an update are for.
+_IMAGES, _HELD_OUT_IMAGES, _GRADIENT_NOISE, _MEMORY_IMAGES = range(4)
 
 _Outcome = tuple[TrainState, dict[str, Array]]
 _Streams = Mapping[str, Rows]
@@ -26,9 +38,10 @@ _Streams = Mapping[str, Rows]
 def make_train_update(program: Program) -> Callable:
     """Returns update(state, context, data, count, schedule, streams, axis_name).
 
-    It runs `count` consecutive updates of a plan of U on the stream TRAIN, and returns
-    the state and metrics [U]. For U = 1 there is no loop: XLA:CPU runs the backward
-    pass of a convolution inside a loop some 19 times slower.
+    It runs `count` consecutive updates of a plan of U on the stream TRAIN, and what
+    streams there are beside it, and returns the state and metrics [U]. For U = 1 there
+    is no loop: XLA:CPU runs the backward pass of a convolution inside a loop some 19
+    times slower.
     """
     return _checked(_loop(program))
 
@@ -45,12 +58,9 @@ def _loop(program: Program) -> Callable:
         streams: _Streams,
         axis_name: str | None = None,
     ) -> _Outcome:
-        rows = streams[TRAIN]
-
         def one(u: Array | int, carry: _Outcome) -> _Outcome:
             state, metrics = carry
-            key = _key(schedule, u, 0)
-            batch = fetch(program, data, rows, u, key, axis_name)
+            batch = _batch(program, data, schedule, streams, u, axis_name)
             rate, noise = schedule.learning_rate[u], _noise(program, schedule, u)
             state, new = train_step(program, state, context, batch, rate, noise)
             new["alpha"] = state.alpha
@@ -59,8 +69,9 @@ def _loop(program: Program) -> Callable:
                 for k in metrics
             }
 
-        carry = (state, _no_metrics(len(rows.indices), state))
-        if len(rows.indices) == 1:
+        updates = len(streams[TRAIN].indices)
+        carry = (state, _no_metrics(updates, state))
+        if updates == 1:
             return one(0, carry)
         return jax.lax.fori_loop(0, count, one, carry)
 
@@ -86,17 +97,17 @@ def make_meta_update(program: Program) -> Callable:
         streams: _Streams,
         axis_name: str | None = None,
     ) -> _Outcome:
-        rows, held_out = streams[TRAIN], streams[HELD_OUT]
+        held_out, updates = streams[HELD_OUT], len(streams[TRAIN].indices)
 
         def alpha_update(state: TrainState, group: Array | int) -> TrainState:
             u = group * meta.every
-            key, held_out_key = _key(schedule, u, 0), _key(schedule, u, 1)
-            batch = fetch(program, data, rows, u, key, axis_name)
-            balanced = fetch(program, data, held_out, group, held_out_key, axis_name)
+            key = _key(schedule, u, _HELD_OUT_IMAGES)
+            batch = _batch(program, data, schedule, streams, u, axis_name)
+            balanced = fetch(program, data, held_out, group, key, axis_name)
             rate = schedule.learning_rate[u]
             return meta_step(program, state, context, batch, balanced, rate)
 
-        if len(rows.indices) == 1:
+        if updates == 1:
             state = alpha_update(state, 0)
             return train_update(
                 state, context, data, count, schedule, streams, axis_name
@@ -105,7 +116,7 @@ def make_meta_update(program: Program) -> Callable:
         def one(u: Array, carry: _Outcome) -> _Outcome:
             state, metrics = carry
             at = lambda tree: jax.tree.map(lambda leaf: leaf[u][None], tree)  # noqa: E731
-            only = {TRAIN: at(rows)}
+            only = {n: at(rows) for n, rows in streams.items() if n != HELD_OUT}
             state, new = train_update(
                 state, context, data, count, at(schedule), only, axis_name
             )
@@ -118,7 +129,7 @@ def make_meta_update(program: Program) -> Callable:
             return jax.lax.fori_loop(first, last, one, carry)
 
         groups = (count + meta.every - 1) // meta.every
-        carry = (state, _no_metrics(len(rows.indices), state))
+        carry = (state, _no_metrics(updates, state))
         return jax.lax.fori_loop(0, groups, group, carry)
 
     return _checked(update)
@@ -143,12 +154,77 @@ def _checked(update: Callable) -> Callable:
     return checked
 
 
+def make_epoch_features(program: Program) -> Callable:
+    """Returns features(network, context, data, schedule, rows, axis_name).
+
+    The rows' `valid` [1, B], and float32 features [1, B, D] of the images as they are
+    augmented for the one update of the schedule, in evaluation mode.
+    """
+
+    def features(
+        network: Network,
+        context: StepContext,
+        data: Images | None,
+        schedule: Schedule,
+        rows: Rows,
+        axis_name: str | None = None,
+    ) -> tuple[Array, Array]:
+        key = _key(schedule, 0, _IMAGES)
+        batch = fetch(program, data, rows, 0, key, axis_name)
+        out = outputs_of(program, network, batch, context)
+        return rows.valid, out["features"][None].astype(jnp.float32)
+
+    return features
+
+
+def _batch(
+    program: Program,
+    data: Images | None,
+    schedule: Schedule,
+    streams: _Streams,
+    update: Array | int,
+    axis_name: str | None,
+) -> Batch:
+    """The training batch of one update, with what goes beside it.
+
+    A companion is augmented as it is in its own place of the epoch.
+    """
+    key = _key(schedule, update, _IMAGES)
+    batch = fetch(program, data, streams[TRAIN], update, key, axis_name)
+    beside = {}
+    if MEMORY in streams:
+        key = _key(schedule, update, _MEMORY_IMAGES)
+        beside[MEMORY] = fetch(program, data, streams[MEMORY], update, key, axis_name)
+    if COMPANIONS in streams:
+        rows = streams[COMPANIONS]
+        assert rows.updates is not None
+        keys = _keys_in_epoch(schedule, update, rows.updates[update].ravel())
+        beside[COMPANIONS] = fetch(program, data, rows, update, keys, axis_name)
+    return batch.replace(beside=beside)
+
+
 def _key(schedule: Schedule, update: Array | int, purpose: int) -> Array:
     """The random key of one update and purpose."""
-    key = jax.random.key(schedule.seed[update])
-    for number in (schedule.step, schedule.epoch, schedule.update):
-        key = jax.random.fold_in(key, number[update])
+    key = jax.random.fold_in(_epoch_key(schedule, update), schedule.update[update])
     return jax.random.fold_in(key, purpose)
+
+
+def _keys_in_epoch(schedule: Schedule, update: Array | int, others: Array) -> Array:
+    """The keys of the images of other updates [N] of the same epoch, [N]."""
+    of_epoch = _epoch_key(schedule, update)
+
+    def key(other: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(of_epoch, other), _IMAGES)
+
+    return jax.vmap(key)(others)
+
+
+def _epoch_key(schedule: Schedule, update: Array | int) -> Array:
+    """The random key of the epoch of an update."""
+    key = jax.random.key(schedule.seed[update])
+    for number in (schedule.step, schedule.epoch):
+        key = jax.random.fold_in(key, number[update])
+    return key
 
 
 def _noise(
@@ -158,7 +234,7 @@ def _noise(
     if program.noise is None:
         return None
     deviation = program.noise.deviation(schedule.epoch[update])
-    return _key(schedule, update, 2), deviation
+    return _key(schedule, update, _GRADIENT_NOISE), deviation
 
 
 def _no_metrics(updates: int, state: TrainState) -> dict[str, Array]:

@@ -159,6 +159,16 @@ PHASE = {
         "images like the others.",
         least=0,
     ),
+    "beside": Field(
+        "",
+        "A second stream of images. memory: exemplars of the old classes, in batches "
+        "of beside_size; companions: with each image of a batch beside_size others of "
+        "the epoch, which the method chooses and only the student sees (DDE).",
+        choices=("", "memory", "companions"),
+    ),
+    "beside_size": Field(
+        0, "See beside: images a batch, or with each image; 0 = none.", least=0
+    ),
     "terms": Field(
         {},
         "Nothing: all of `terms`; else name -> weight, a number or a named one: only "

@@ -33,7 +33,8 @@ def check(config: ConfigDict) -> None:
         return
     if config.classification == "separated_softmax_ce":
         raise field_error("classification", config.classification, "auto with a prior")
-    if "softmax_ce" not in terms.with_prior(config.terms, prior, config.classification):
+    used = terms.with_prior(config.terms, prior, config.classification)
+    if not any(map(terms.reads_log_prior, used)):
         raise field_error("prior", prior, "none: no softmax_ce among the terms")
     if prior == "meta" and kept.kind == "none":
         raise field_error("prior", "meta", "another prior where memory.kind is none")

@@ -172,11 +172,29 @@ def _check_phase(name: str, phase: ConfigDict, used: Mapping[str, str]) -> None:
         allowed = "epochs above 0 in ascending order"
         raise field_error(f"{name}.milestones", marks, allowed)
     terms.check_phase(f"{name}.terms", phase.terms, used)
+    _check_beside(name, phase)
     if phase.steps == "later" and phase.teacher == "none" and phase.epochs:
         for term in filter(terms.needs_teacher, phase.terms or used.values()):
             raise field_error(
                 f"{name}.teacher", "none", f"before or now for the term {term}"
             )
+
+
+def _check_beside(name: str, phase: ConfigDict) -> None:
+    """A second stream needs a size, old classes, and a place for it."""
+    beside, size = phase.beside, phase.beside_size
+    if bool(beside) != bool(size):
+        allowed = f"at least 1 with beside={beside}" if beside else "0 without beside"
+        raise field_error(f"{name}.beside_size", size, allowed)
+    if beside and (phase.steps == "base" or phase.images != "training"):
+        allowed = "'' in a phase that is not of the training images of later steps"
+        raise field_error(f"{name}.beside", beside, allowed)
+    if beside == "companions" and phase.replay:
+        allowed = "0 with beside=companions"
+        raise field_error(f"{name}.replay", phase.replay, allowed)
+    if beside == "companions" and phase.teacher != "before":
+        allowed = "before: companions are chosen by its features"
+        raise field_error(f"{name}.teacher", phase.teacher, allowed)
 
 
 def _check_streaming(data: ConfigDict) -> None:

@@ -46,6 +46,11 @@ def needs_teacher(name: str) -> bool:
     return getattr(module(name), "NEEDS_TEACHER", False)
 
 
+def reads_log_prior(name: str) -> bool:
+    """Whether a prior acts on a term."""
+    return getattr(module(name), "READS_LOG_PRIOR", False)
+
+
 def needs_similarities(name: str) -> bool:
     """Whether a term needs a head with similarities and a learned scale."""
     return getattr(module(name), "NEEDS_SIMILARITIES", False)

@@ -1,8 +1,8 @@
 """Augmentation and normalisation of raw images, compiled: uint8 in, float out.
 
-The randomness of an image depends on the update's key and on the image's row in the
-global batch, never on the device that computes it. Options are static Python values:
-bind them before jit.
+The randomness of an image depends on its key alone, which is that of an update and of
+the image's row in the global batch, never on the device that computes it. Options are
+static Python values: bind them before jit.
 """
 
 import functools
@@ -28,9 +28,11 @@ NORMALIZATION: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 def keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns one key an image, [B], from the update's key and rows [B] int.
 
-    `rows` are numbers in the global batch: a device passes those of its own share.
+    `rows` are numbers in the global batch: a device passes those of its own share. The
+    key may also be one an image, [B].
     """
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+    of_image = 0 if key.ndim else None
+    return jax.vmap(jax.random.fold_in, in_axes=(of_image, 0))(key, rows)
 
 
 def random_crop(images: jax.Array, keys: jax.Array, padding: int) -> jax.Array:
@@ -132,7 +134,7 @@ def train_images(
 
     Args:
       images: uint8 [B, H, W, Ch].
-      key: the update's key.
+      key: the update's key, or one an image, [B]: see `keys`.
       rows: [B] int, row of each image in the global batch.
       padding: of `random_crop`; 0 for none.
       flip: whether to mirror half of the images.

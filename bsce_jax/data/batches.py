@@ -14,7 +14,7 @@ import numpy as np
 
 from bsce_jax.data.sampling import Sampler
 
-TRAINING, CYCLED = 0, 1  # separate random streams
+TRAINING, CYCLED, BESIDE = 0, 1, 2  # separate random streams
 
 
 def epoch_order(
@@ -92,14 +92,21 @@ def rows(
 
 
 def cycled_rows(
-    indices: np.ndarray, batch_size: int, draw: int, *, seed: int, step: int
+    indices: np.ndarray,
+    batch_size: int,
+    draw: int,
+    *,
+    seed: int,
+    step: int,
+    stream: int = CYCLED,
 ) -> np.ndarray:
     """Returns draw number `draw` of batches that are always full, [B] int32.
 
     For the balanced held-out images B_t (Jodelet et al., Algorithm 1): reshuffled
     passes over the images follow one another and draw d is positions d B to
     (d + 1) B - 1 of that sequence, so that a pass that ends inside a batch is
-    completed from the next one. B may be larger than the number of images.
+    completed from the next one. B may be larger than the number of images. Streams of
+    other numbers are shuffled in other ways.
     """
     n = len(indices)
     parts = []
@@ -107,7 +114,7 @@ def cycled_rows(
     while position < stop:
         number, offset = divmod(position, n)
         taken = min(n - offset, stop - position)
-        order = _order(seed, step, number, n, CYCLED)
+        order = _order(seed, step, number, n, stream)
         parts.append(indices[order[offset : offset + taken]])
         position += taken
     return np.concatenate(parts).astype(np.int32)
@@ -126,8 +133,8 @@ class Batches(Protocol):
     def __getitem__(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Indices [B] int32 and valid [B] float32, as `rows` returns them."""
 
-    def key(self, batch: int) -> tuple[int, ...] | None:
-        """What random crops of the batch depend on; None where nothing is random."""
+    def key(self, batch: int, row: int) -> tuple[int, ...] | None:
+        """What the random crop of an image depends on; None where nothing is random."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,21 +176,25 @@ class Shuffled:
             sampler=self.sampler,
         )
 
-    def key(self, batch: int) -> tuple[int, ...]:
-        """Seed, step, epoch and update in it."""
+    def key(self, batch: int, row: int) -> tuple[int, ...]:
+        """Seed, step, epoch, update in it, stream and row."""
         epoch, update = divmod(batch, self.per_epoch)
-        return self.seed, self.step, self.first_epoch + epoch, update, TRAINING
+        return self.seed, self.step, self.first_epoch + epoch, update, TRAINING, row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cycled:
-    """Draws of Meta's held-out images, `length` of them; see `cycled_rows`."""
+    """Draws of Meta's held-out images, or of others; `length` of them.
+
+    See `cycled_rows`, also for the `stream`.
+    """
 
     indices: np.ndarray
     size: int
     length: int
     seed: int
     step: int
+    stream: int = CYCLED
 
     def __len__(self) -> int:
         """Number of draws."""
@@ -192,13 +203,18 @@ class Cycled:
     def __getitem__(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """One draw; every row is valid."""
         found = cycled_rows(
-            self.indices, self.size, batch, seed=self.seed, step=self.step
+            self.indices,
+            self.size,
+            batch,
+            seed=self.seed,
+            step=self.step,
+            stream=self.stream,
         )
         return found, np.ones(self.size, np.float32)
 
-    def key(self, batch: int) -> tuple[int, ...]:
-        """Seed, step and draw."""
-        return self.seed, self.step, batch, 0, CYCLED
+    def key(self, batch: int, row: int) -> tuple[int, ...]:
+        """Seed, step, draw, stream and row."""
+        return self.seed, self.step, batch, 0, self.stream, row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -254,10 +270,10 @@ class Replayed:
         )
         return found, valid
 
-    def key(self, batch: int) -> tuple[int, ...]:
-        """Seed, step, epoch and update in it."""
+    def key(self, batch: int, row: int) -> tuple[int, ...]:
+        """Seed, step, epoch, update in it, stream and row."""
         epoch, update = divmod(batch, self.per_epoch)
-        return self.seed, self.step, self.first_epoch + epoch, update, TRAINING
+        return self.seed, self.step, self.first_epoch + epoch, update, TRAINING, row
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -278,8 +294,33 @@ class InOrder:
         found[: len(chosen)] = chosen
         return found, (np.arange(self.size) < len(chosen)).astype(np.float32)
 
-    def key(self, batch: int) -> None:
+    def key(self, batch: int, row: int) -> None:
         """Nothing is random."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leading:
+    """The first batches of a plan, `length` of them."""
+
+    plan: Batches
+    length: int
+
+    @property
+    def size(self) -> int:
+        """Rows of every batch."""
+        return self.plan.size
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return self.length
+
+    def __getitem__(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of the whole plan."""
+        return self.plan[batch]
+
+    def key(self, batch: int, row: int) -> tuple[int, ...] | None:
+        """As in the whole plan."""
+        return self.plan.key(batch, row)
 
 
 def group(batches: Batches, start: int, width: int) -> tuple[np.ndarray, np.ndarray]:

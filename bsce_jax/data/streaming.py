@@ -143,11 +143,10 @@ class _Load:
             found["notes"][:] = str(error).encode()
             found["refused"][:] = True
             return found
-        key = self.plan.key(batch)
         for i, file in zip(wanted.tolist(), files, strict=True):
             try:
-                own_key = key if key is None else (*key, int(rows[i]))
-                found["images"][i] = self.reader.crop(file, own_key)
+                key = self.plan.key(batch, int(rows[i]))
+                found["images"][i] = self.reader.crop(file, key)
             except decode.DecodeError as error:
                 name = self.reader.name(int(indices[i]))
                 found["notes"][i] = f"{name}: {error}".encode()

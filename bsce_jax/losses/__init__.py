@@ -7,6 +7,7 @@ is the function; ``importlib.import_module("bsce_jax.losses.nca")`` gives the mo
 """
 
 from bsce_jax.losses.columns_ce import columns_cross_entropy
+from bsce_jax.losses.dde_ce import colliding_effect
 from bsce_jax.losses.feature_mse import feature_mse
 from bsce_jax.losses.geodesic import geodesic, geodesic_kernel
 from bsce_jax.losses.kd import knowledge_distillation
@@ -19,8 +20,10 @@ from bsce_jax.losses.separated_softmax_ce import separated_softmax_cross_entropy
 from bsce_jax.losses.sigmoid_bce import sigmoid_binary_cross_entropy
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 from bsce_jax.losses.taskwise_kd import taskwise_distillation
+from bsce_jax.losses.topology import topology
 
 __all__ = [
+    "colliding_effect",
     "columns_cross_entropy",
     "feature_mse",
     "geodesic",
@@ -35,4 +38,5 @@ __all__ = [
     "sigmoid_binary_cross_entropy",
     "softmax_cross_entropy",
     "taskwise_distillation",
+    "topology",
 ]

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 CLASSIFICATION = True
 """Another classification loss may take its place: see `config.terms.with_prior`."""
+READS_LOG_PRIOR = True
+"""A prior acts on this loss, see `config.priors`."""
 
 
 def label_mask(labels: jax.Array, num_classes: int) -> jax.Array:

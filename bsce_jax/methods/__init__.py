@@ -15,10 +15,14 @@ Compiled, pure, the only such hook:
 
 On the host, NumPy arrays in and out, once a step:
 
-* ``initial(num_classes, size, **options) -> Own``: what a method trains beside the
-  model and what it keeps, before the base step; `size` is that of the features.
+* ``initial(sizes, **options) -> Own``: what a method trains beside the model and what
+  it keeps, before the base step; see `Sizes`.
 * ``begin(step) -> Network``: before an incremental step is trained; `step` has the
   network as the step before left it.
+* ``companions(features, labels, num_old, count, **options) -> int32 [N, count]``: for
+  a phase with ``beside="companions"`` and every image of an epoch the places of those
+  that go with it, -1 = none; of the N images, by place, features float32 [N, D] of the
+  teacher and labels int [N], -1 where an image cannot be read. Once an epoch.
 * ``exemplars(step, count) -> list``: the exemplars of each new class, `count` int
   indices in order of choice, in the place of `config.memory.selection`.
 * ``finish(step) -> Network``: after the last phase of a step and the choice of its
@@ -49,6 +53,25 @@ from bsce_jax.errors import field_error
 from bsce_jax.models import new_rows
 
 FORWARD = "forward"
+
+
+class Sizes(NamedTuple):
+    """What the arrays of a method may depend on.
+
+    Attributes:
+      classes: length of the class axis.
+      features: of an image, D.
+      image: height, width and channels.
+      new: classes of the step that brings most.
+      exemplars: of a class, at most.
+    """
+
+    classes: int
+    features: int
+    image: tuple[int, int, int]
+    new: int
+    exemplars: int
+
 
 Features = Callable[..., list[tuple[NDArray, NDArray]]]
 """``(groups, view="plain")``: of each group of image indices those that could be
@@ -109,6 +132,13 @@ def imprinted(step: Step) -> Network:
     return step.with_head(rows)
 
 
+def clustered(step: Step) -> Network:
+    """A `begin` of several methods: new proxies are centres of k-means (PODNet)."""
+    features = step.new_features()
+    head = new_rows.k_means(step.head, features, step.num_old, step.rng)
+    return step.with_head(head)
+
+
 def module(name: str) -> ModuleType:
     """The module of a method.
 
@@ -126,10 +156,10 @@ def options(name: str) -> dict[str, Any]:
     return dict(getattr(module(name), "OPTIONS", {}))
 
 
-def initial(config: ConfigDict, num_classes: int, size: int) -> Own:
-    """What the method adds to a network with `size` features, before the base step."""
+def initial(config: ConfigDict, sizes: Sizes) -> Own:
+    """What the method adds to a network, before the base step."""
     make = getattr(module(config.method), "initial", None)
-    return make(num_classes, size, **config.options) if make else Own({}, {})
+    return make(sizes, **config.options) if make else Own({}, {})
 
 
 def check(config: ConfigDict) -> None:
@@ -161,3 +191,6 @@ def check(config: ConfigDict) -> None:
         if given and not callable(getattr(method, given, None)):
             allowed = f"'' or a function of the method {name}"
             raise field_error(f"phase.{phase}.forward", given, allowed)
+        if section.beside == "companions" and not hasattr(method, "companions"):
+            allowed = f"'' or memory: the method {name} chooses no companions"
+            raise field_error(f"phase.{phase}.beside", "companions", allowed)

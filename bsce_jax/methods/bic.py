@@ -9,25 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsce_jax.compute.state import OWN, Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Own, Step
+from bsce_jax.methods import Own, Sizes, Step
 
 NEEDS_MEMORY = True
 
 
-def initial(num_classes: int, size: int) -> Own:
+_START = {"scale": np.float32(1), "shift": np.float32(0)}
+
+
+def initial(sizes: Sizes) -> Own:
     """Scale 1 and shift 0, and no class that they act on (bool [C])."""
-    return Own(
-        {"scale": np.float32(1), "shift": np.float32(0)},
-        {"corrected": np.zeros(num_classes, bool)},
-    )
+    return Own(dict(_START), {"corrected": np.zeros(sizes.classes, bool)})
 
 
 def begin(step: Step) -> Network:
     """Starts anew, on the classes of this step."""
     positions = np.arange(len(step.network.extra["corrected"]))
     new = (positions >= step.num_old) & (positions < step.num_seen)
-    own = initial(len(positions), 0).params
-    params = {**step.network.params, OWN: own}
+    params = {**step.network.params, OWN: dict(_START)}
     return step.network.replace(params=params, extra={"corrected": new})
 
 

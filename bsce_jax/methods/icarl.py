@@ -9,16 +9,17 @@ import numpy as np
 
 from bsce_jax import nearest_mean
 from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Own, Step
+from bsce_jax.methods import Own, Sizes, Step
 from bsce_jax.norms import normalise
 
 NEEDS_MEMORY = True
 PRIORS = ("none",)  # a log-prior has no meaning for independent sigmoids
 
 
-def initial(num_classes: int, size: int) -> Own:
+def initial(sizes: Sizes) -> Own:
     """The means of the classes' exemplars, float32 [C, D]; 0 for those not seen."""
-    return Own({}, {"means": np.zeros((num_classes, size), np.float32)})
+    means = np.zeros((sizes.classes, sizes.features), np.float32)
+    return Own({}, {"means": means})
 
 
 def finish(step: Step) -> Network:

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Own, Step
+from bsce_jax.methods import Own, Sizes, Step
 from bsce_jax.nearest_mean import normalised
 from bsce_jax.norms import normalise
 
 PRIORS = ("none",)
 
 
-def initial(num_classes: int, size: int) -> Own:
+def initial(sizes: Sizes) -> Own:
     """The classes' means, float32 [C, D]; 0 for those not seen."""
-    return Own({}, {"means": np.zeros((num_classes, size), np.float32)})
+    means = np.zeros((sizes.classes, sizes.features), np.float32)
+    return Own({}, {"means": means})
 
 
 def finish(step: Step) -> Network:

@@ -9,24 +9,25 @@ import numpy as np
 
 from bsce_jax import slda
 from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Own, Step
+from bsce_jax.methods import Own, Sizes, Step
 
 PRIORS = ("none",)
 OPTIONS = {"shrinkage": 1e-4}
 
 
-def initial(num_classes: int, size: int, shrinkage: float) -> Own:
+def initial(sizes: Sizes, shrinkage: float) -> Own:
     """Means [C, D], counts [C], covariance [D, D] and its number of samples []; 0.
 
     And what predicts, "weights" [D, C] and "biases" [C]. All float32.
     """
+    classes, size = sizes.classes, sizes.features
     shapes = {
-        "means": (num_classes, size),
-        "counts": (num_classes,),
+        "means": (classes, size),
+        "counts": (classes,),
         "covariance": (size, size),
         "samples": (),
-        "weights": (size, num_classes),
-        "biases": (num_classes,),
+        "weights": (size, classes),
+        "biases": (classes,),
     }
     return Own({}, {name: np.zeros(s, np.float32) for name, s in shapes.items()})
 

@@ -10,12 +10,14 @@ import threading
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import Images, PyTree, Rows
 from bsce_jax.data import batches, source
+from bsce_jax.data.companions import Companions
 from bsce_jax.errors import UserError
 from bsce_jax.run import dataset
 
@@ -46,9 +48,9 @@ class Resident:
         """
         for first in range(start, len(plan), width):
             indices, valid = batches.group(plan, first, width)
-            numbers = np.arange(plan.size, dtype=np.int32)
-            rows = Rows(indices, valid, np.broadcast_to(numbers, indices.shape))
-            yield parallel.shard(self.devices, rows)
+            updates, numbers = _keys(plan, first, width, np.arange(plan.size))
+            rows = Rows(indices, valid, numbers, updates)
+            yield parallel.shard(self.devices, _by_row(plan, rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Streamed:
         from bsce_jax.data import streaming  # Grain takes a second to load
 
         streaming.shield_from_signals()  # in the thread of `groups`
-        own = parallel.local_rows(self.devices, plan.size)
+        own = _local_images(self.devices, plan)
         # B_t of Meta has few images: processes of its own would only take memory.
         workers = 0 if isinstance(plan, batches.Cycled) else self.workers
         source = streaming.read(
@@ -131,7 +133,8 @@ class Streamed:
             for first in range(start, len(plan), width):
                 count = min(width, len(plan) - first)
                 found = [next(source) for _ in range(count)]
-                yield _stack(found, own, width)
+                updates, numbers = _keys(plan, first, width, own)
+                yield _by_row(plan, _stack(found, updates, numbers, width))
         finally:
             source.close()
 
@@ -141,7 +144,7 @@ class Streamed:
             return ready.get(timeout=self.timeout or None)
         except queue.Empty:
             indices, valid = plan[batch]
-            own = parallel.local_rows(self.devices, plan.size)
+            own = _local_images(self.devices, plan)
             wanted = indices[own[own < plan.size]][valid[own[own < plan.size]] > 0]
             names = sorted({self.reader.shard(int(index)) for index in wanted})
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -186,8 +189,50 @@ def create(
     return Streamed(devices, reader, data.workers, data.corrupt == "skip", data.timeout)
 
 
-def _stack(found: list[dict[str, np.ndarray]], own: np.ndarray, width: int) -> Rows:
-    """Batches of this process's rows as one group of `width`."""
+def _local_images(devices: parallel.Parallel, plan: batches.Batches) -> np.ndarray:
+    """The images of a batch that are this process's: companions go with their row."""
+    if not isinstance(plan, Companions):
+        return parallel.local_rows(devices, plan.size)
+    rows = parallel.local_rows(devices, plan.plan.size)
+    return (rows[:, None] * plan.each + np.arange(plan.each)).ravel()
+
+
+def _keys(
+    plan: batches.Batches, first: int, width: int, own: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """What the random keys of a group's images depend on: see `Rows`.
+
+    Returns:
+      updates, int32 [width, len(own)] or None where they are those of the batches, and
+      numbers, int32 of that shape.
+    """
+    shape = width, len(own)
+    if not isinstance(plan, Companions):
+        return None, np.broadcast_to(own.astype(np.int32), shape)
+    places = np.zeros(shape, np.int32)
+    inside = own < plan.size
+    for i in range(min(width, len(plan) - first)):
+        places[i, inside] = np.maximum(plan.places(first + i)[own[inside]], 0)
+    updates, numbers = np.divmod(places, np.int32(plan.plan.size))
+    return updates, numbers
+
+
+def _by_row(plan: batches.Batches, rows: Rows) -> Rows:
+    """Companions as [U, B, K, ...]; other rows as they are."""
+    if not isinstance(plan, Companions):
+        return rows
+    return jax.tree.map(
+        lambda leaf: leaf.reshape(leaf.shape[0], -1, plan.each, *leaf.shape[2:]), rows
+    )
+
+
+def _stack(
+    found: list[dict[str, np.ndarray]],
+    updates: np.ndarray | None,
+    numbers: np.ndarray,
+    width: int,
+) -> Rows:
+    """Batches of this process's images as one group of `width`."""
 
     def stacked(name: str) -> np.ndarray:
         whole = np.zeros((width, *found[0][name].shape), found[0][name].dtype)
@@ -199,11 +244,11 @@ def _stack(found: list[dict[str, np.ndarray]], own: np.ndarray, width: int) -> R
         values: PyTree = {name: leaf[None] for name, leaf in found[0].items()}
     else:
         values = {name: stacked(name) for name in found[0]}
-    numbers = np.broadcast_to(own.astype(np.int32), (width, len(own)))
     return Rows(
         indices=values["indices"],
         valid=values["valid"],
         numbers=numbers,
+        updates=updates,
         images=values["images"],
         labels=values["labels"],
     )

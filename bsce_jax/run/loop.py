@@ -3,16 +3,25 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from bsce_jax.compute import parallel
-from bsce_jax.compute.state import Rows, Schedule, StepContext, TrainState
-from bsce_jax.compute.updates import HELD_OUT, TRAIN
+from bsce_jax.compute.state import (
+    COMPANIONS,
+    HELD_OUT,
+    MEMORY,
+    TRAIN,
+    Rows,
+    Schedule,
+    StepContext,
+    TrainState,
+)
 from bsce_jax.data import batches
+from bsce_jax.data.companions import Companions
 from bsce_jax.errors import UserError
 from bsce_jax.run.feed import Feed
 from bsce_jax.run.phases import StepData
@@ -97,6 +106,22 @@ class Training:
             self.data.step,
         )
 
+    def memory_batches(self, updates: int) -> batches.Cycled:
+        """The batches of exemplars beside those of the first updates."""
+        return batches.Cycled(
+            self.data.memory,
+            self.data.phase.beside_size,
+            updates,
+            self.seed,
+            self.data.step,
+            batches.BESIDE,
+        )
+
+    @property
+    def with_companions(self) -> bool:
+        """Whether companions go with each image."""
+        return self.data.phase.beside == "companions"
+
     @property
     def learning_rates(self) -> tuple[float, ...]:
         """One an epoch."""
@@ -130,11 +155,20 @@ def make_training(config: ConfigDict, data: StepData) -> Training:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What runs a training: compiled programs and the training images."""
+    """What runs a training.
+
+    Attributes:
+      programs: compiled functions.
+      feed: of the training images.
+      training: the batches.
+      companions: the table of an epoch of it, see `Companions`; where the
+        training has companions.
+    """
 
     programs: Programs
     feed: Feed
     training: Training
+    companions: Callable[[int], np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,9 +269,9 @@ def _program(loop: Loop, first: int) -> Callable:
 
 
 def _updates_alpha(loop: Loop, first: int) -> bool:
-    """Whether a call begins with an update of alpha: longer ones always do."""
+    """Whether a call begins with an update of alpha."""
     every = loop.training.alpha_every
-    return every > 0 and (loop.programs.updates_per_call > 1 or first % every == 0)
+    return every > 0 and first % every == 0
 
 
 def calls(loop: Loop, first: int, count: int = 0) -> Generator[tuple[int, list[Any]]]:
@@ -245,25 +279,59 @@ def calls(loop: Loop, first: int, count: int = 0) -> Generator[tuple[int, list[A
 
     The arguments are those after the images. `count` limits the first call.
     """
+    for stop in _ends(loop, first):
+        yield from _calls_until(loop, first, stop, count)
+        first, count = stop, 0
+
+
+def _ends(loop: Loop, first: int) -> Iterator[int]:
+    """Where calls must end: with an epoch, whose end settles the next companions.
+
+    A call of several updates that begins inside a group of alpha's must end with it.
+    """
+    training, every = loop.training, loop.training.alpha_every
+    while first < training.updates:
+        stop = training.updates
+        if training.with_companions:
+            each = training.updates_per_epoch
+            stop = (first // each + 1) * each
+        if every and loop.programs.updates_per_call > 1 and first % every:
+            stop = min(stop, (first // every + 1) * every)
+        yield stop
+        first = stop
+
+
+def _calls_until(
+    loop: Loop, first: int, stop: int, count: int
+) -> Generator[tuple[int, list[Any]]]:
+    """The calls from update `first` to `stop`; `count` limits the first one."""
     training, every = loop.training, loop.training.alpha_every
     place, width = loop.programs.devices, loop.programs.updates_per_call
     with contextlib.ExitStack() as stack:
 
-        def open_groups(
-            source: batches.Batches, start: int, size: int
-        ) -> Generator[Rows]:
+        def groups(plan: batches.Batches, start: int, size: int) -> Generator[Rows]:
             return stack.enter_context(
-                contextlib.closing(loop.feed.groups(source, start, size))
+                contextlib.closing(loop.feed.groups(plan, start, size))
             )
 
-        rows = open_groups(training.training_batches, first, width)
+        plan = training.training_batches
+        plans: dict[str, batches.Batches] = {TRAIN: plan}
+        if len(training.data.memory):
+            plans[MEMORY] = training.memory_batches(stop)
+        if loop.companions is not None:
+            assert isinstance(plan, batches.Shuffled)
+            epoch = first // training.updates_per_epoch
+            plans[TRAIN] = batches.Leading(plan, stop)
+            table = loop.companions(epoch)
+            plans[COMPANIONS] = Companions(plan, epoch, table)
+        opened = {name: groups(plan, first, width) for name, plan in plans.items()}
         if every:
             start, size = (-(-n // every) for n in (first, width))
-            held_out = open_groups(training.held_out_batches, start, size)
-        while first < training.updates:
-            count = min(count or width, training.updates - first)
-            schedule = _schedule(training, first, count, width)
-            streams = {TRAIN: next(rows)}
+            held_out = groups(training.held_out_batches, start, size)
+        while first < stop:
+            count = min(count or width, stop - first)
+            schedule = make_schedule(training, first, count, width)
+            streams = {name: next(rows) for name, rows in opened.items()}
             if _updates_alpha(loop, first):
                 streams[HELD_OUT] = next(held_out)
             yield (
@@ -277,7 +345,7 @@ def calls(loop: Loop, first: int, count: int = 0) -> Generator[tuple[int, list[A
             first, count = first + count, 0
 
 
-def _schedule(training: Training, first: int, count: int, width: int) -> Schedule:
+def make_schedule(training: Training, first: int, count: int, width: int) -> Schedule:
     """Of `count` updates, padded to `width`."""
     updates = first + np.minimum(np.arange(width), count - 1)
     epochs, within = np.divmod(updates, training.updates_per_epoch)

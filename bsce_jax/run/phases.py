@@ -31,6 +31,8 @@ class Phase:
       by_step: "constant" or "1/step".
       sampling: "uniform", "memory" or "class".
       replay: exemplars of each batch beside the new images, or 0.
+      beside: "", "memory" or "companions", a second stream.
+      beside_size: images of its batches, or with each image.
       teacher: "before", "now" or "none".
       rows: "seen" or "new", rows of the head that move.
       rate: factor of each group of parameters.
@@ -46,6 +48,8 @@ class Phase:
     by_step: str
     sampling: str
     replay: int
+    beside: str
+    beside_size: int
     teacher: str
     rows: str
     rate: dict[str, float]
@@ -81,6 +85,8 @@ def configured(config: ConfigDict) -> tuple[Phase, ...]:
                         "by_step",
                         "sampling",
                         "replay",
+                        "beside",
+                        "beside_size",
                         "teacher",
                         "rows",
                         "optimizer",
@@ -124,6 +130,10 @@ def of_step(phases: Sequence[Phase], step: int, exemplars: int) -> tuple[Phase, 
     )
 
 
+def _none() -> np.ndarray:
+    return np.zeros(0, np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class StepData:
     """The images of one phase of a step, as indices into the training images.
@@ -141,6 +151,7 @@ class StepData:
       sampler: of `train`, where images are not drawn once an epoch each.
       replayed: int32, exemplars that each batch has some of beside images of `train`,
         where they are not part of that; else empty.
+      memory: int32, exemplars of the second stream, where there is one; else empty.
     """
 
     phase: Phase
@@ -152,9 +163,8 @@ class StepData:
     counts: np.ndarray
     exemplars: int
     sampler: sampling.Sampler | None = None
-    replayed: np.ndarray = dataclasses.field(
-        default_factory=lambda: np.zeros(0, np.int32)
-    )
+    replayed: np.ndarray = dataclasses.field(default_factory=_none)
+    memory: np.ndarray = dataclasses.field(default_factory=_none)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +198,7 @@ def training_set(
     size = exemplars_per_class(config, group.start) if step else 0
     stored, _ = memory.exemplars(ranking, group.start, size)
     train = np.concatenate([new.astype(np.int32), stored.astype(np.int32)])
-    held_out = np.zeros(0, np.int32)
+    held_out = _none()
     if step and size and holds_out(config):
         held = priors.held_out_per_class(config, size)
         rng = np.random.default_rng([config.seed, step, _HELD_OUT])
@@ -204,7 +214,7 @@ def step_data(
     A phase on the exemplars needs those of the step's new classes in the ranking.
     """
     group, labels = dataset.groups[step], dataset.train_labels
-    held_out = np.zeros(0, np.int32)
+    held_out = _none()
     if phase.images == "exemplars":
         size = exemplars_per_class(config, group.stop)
         train, _ = memory.exemplars(ranking, group.stop, size)
@@ -217,9 +227,10 @@ def step_data(
         elif priors.learns_alpha(config):
             held_out = found.held_out
     counts = np.bincount(labels[train], minlength=dataset.num_classes)
-    sampler, replayed = None, np.zeros(0, np.int32)
+    sampler, replayed = None, _none()
+    old = labels[train] < group.start
+    stored = train[old] if phase.beside == "memory" else _none()
     if exemplars and phase.replay:
-        old = labels[train] < group.start
         train, replayed = train[~old], train[old]
     elif exemplars and phase.sampling == "memory":
         sampler = sampling.memory(labels[train], group.start)
@@ -236,6 +247,7 @@ def step_data(
         exemplars=exemplars,
         sampler=sampler,
         replayed=replayed,
+        memory=stored,
     )
 
 

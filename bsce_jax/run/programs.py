@@ -10,12 +10,13 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from bsce_jax import methods, models
+from bsce_jax import methods, models, scenario
 from bsce_jax.compute import optim, parallel, steps, updates
 from bsce_jax.compute.state import OWN, Array, Network, PyTree
 from bsce_jax.config import priors, terms
 from bsce_jax.data import augment
 from bsce_jax.models import convolution
+from bsce_jax.run.dataset import exemplars_per_class
 from bsce_jax.run.phases import configured
 
 
@@ -30,6 +31,8 @@ class Programs:
       meta_updates: phase name -> see updates.make_meta_update, of those phases in
         which alpha is learned.
       evaluate, features: see steps.make_evaluate and make_features.
+      epoch_features: phase name -> see updates.make_epoch_features, of those phases
+        whose images have companions.
       optimizer, alpha_optimizer: optax.
       updates_per_call: U of the plans that the updates take.
     """
@@ -40,6 +43,7 @@ class Programs:
     meta_updates: Mapping[str, Callable]
     evaluate: Callable
     features: Callable
+    epoch_features: Mapping[str, Callable]
     optimizer: optax.GradientTransformationExtraArgs
     alpha_optimizer: optax.GradientTransformation
     updates_per_call: int
@@ -65,7 +69,11 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
             donate=(0,),
         )
 
-    trained, meta_trained = {}, {}
+    def shown(function: Callable, name: str, constants: int, found: int) -> Callable:
+        inputs, outputs = (whole,) * constants + (rows,), (rows,) * found
+        return compiled(function, name=name, inputs=inputs, outputs=outputs)
+
+    trained, meta_trained, companions = {}, {}, {}
     for phase in configured(config):
         program = phase_program(config, model, phase.name)
         trained[phase.name] = update(
@@ -75,24 +83,18 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
             meta_trained[phase.name] = update(
                 updates.make_meta_update(program), "meta_update"
             )
+        if phase.beside == "companions":
+            of_epoch = updates.make_epoch_features(program)
+            companions[phase.name] = shown(of_epoch, "epoch_features", 4, 2)
     tested = test_program(config, model)
     return Programs(
         devices=devices,
         model=model,
         updates=trained,
         meta_updates=meta_trained,
-        evaluate=compiled(
-            steps.make_evaluate(tested),
-            name="evaluate",
-            inputs=(whole,) * 3 + (rows,),
-            outputs=(rows,) * 4,
-        ),
-        features=compiled(
-            steps.make_features(tested),
-            name="features",
-            inputs=(whole,) * 4 + (rows,),
-            outputs=(rows, rows),
-        ),
+        evaluate=shown(steps.make_evaluate(tested), "evaluate", 3, 4),
+        features=shown(steps.make_features(tested), "features", 4, 2),
+        epoch_features=companions,
         optimizer=tested.optimizer,
         alpha_optimizer=optim.alpha_optimizer(
             config.meta.optimizer, config.meta.learning_rate
@@ -226,7 +228,17 @@ def _network(
     """The model's variables and what the method adds to them."""
     apply = functools.partial(model.apply, train=False)
     _, out = jax.eval_shape(apply, variables, images)
-    own = methods.initial(config, model.num_classes, out["features"].shape[-1])
+    groups = scenario.class_groups(
+        model.num_classes, config.scenario.base_classes, config.scenario.steps
+    )
+    sizes = methods.Sizes(
+        classes=model.num_classes,
+        features=out["features"].shape[-1],
+        image=images.shape[1:],
+        new=max(map(len, groups)),
+        exemplars=max(exemplars_per_class(config, g.stop) for g in groups),
+    )
+    own = methods.initial(config, sizes)
     params = variables["params"] | ({OWN: own.params} if own.params else {})
     return Network(params, variables["batch_stats"], own.extra)
 

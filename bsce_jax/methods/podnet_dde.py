@@ -1,0 +1,42 @@
+"""DDE on PODNet (Hu et al. 2021); the mathematics are in `bsce_jax.dde`."""
+
+import functools
+from typing import Any
+
+import jax
+from numpy.typing import NDArray
+
+from bsce_jax import dde
+from bsce_jax.compute.state import Network
+from bsce_jax.methods import Own, Sizes, Step, clustered
+from bsce_jax.models import heads
+
+HEADS = ("local_similarity",)
+OPTIONS = {"share": 0.5, "momentum": 0.9, "pool": 0}
+
+
+def initial(sizes: Sizes, **options: Any) -> Own:
+    """The moving mean of the features, of 0."""
+    return Own({}, dde.initial(sizes.features))
+
+
+def begin(step: Step) -> Network:
+    """New proxies are centres of k-means; the moving mean starts anew."""
+    network = clustered(step)
+    return network.replace(extra=dde.initial(len(network.extra["h"])))
+
+
+def companions(
+    features: NDArray, labels: NDArray, num_old: int, count: int, **options: Any
+) -> NDArray:
+    """Neighbours among the new classes' images."""
+    return dde.companions(features, labels, num_old, count, options["pool"])
+
+
+def _head(params: dict[str, jax.Array]) -> dde.Head:
+    _, proxies, classes = params["kernel"].shape
+    head = heads.LocalSimilarityHead(classes, proxies)
+    return lambda features: head.apply({"params": params}, features)[0]
+
+
+forward = functools.partial(dde.forward, _head)

@@ -1,0 +1,31 @@
+"""DDE on PODNet (Hu et al. 2021): neighbours share a label, a mean's effect is removed.
+
+No code of it was released in working form, so that this is our reading: DDE's
+classification loss on the scaled similarities in NCA's place, PODNet's distillation
+and fine-tuning as they are, and numbers of neighbours as on LUCIR.
+"""
+
+from ml_collections import ConfigDict
+
+from bsce_jax.config import method_module
+
+NEIGHBOURS = {"imagenet": 1}  # 10 elsewhere
+POOL = 10_000  # images of an epoch that may be neighbours, with over 500 classes
+
+
+def configure(config: ConfigDict, dataset: str) -> None:
+    """Sets the network, losses and training of a data set.
+
+    Args:
+      config: changed in place.
+      dataset: "cifar100", "imagenet_subset", "imagenet" or "digits".
+    """
+    method_module(__file__, "podnet").configure(config, dataset)
+    config.method = "podnet_dde"
+    del config.terms.nca
+    config.terms.dde_ce = ConfigDict({"weight": 1.0, "rescale": False})
+    later = config.phase.incremental
+    later.forward, later.beside = "forward", "companions"
+    later.beside_size = NEIGHBOURS.get(dataset, 10)
+    config.options.pool = POOL if dataset == "imagenet" else 0
+    config.phase.finetune.forward = "forward"
