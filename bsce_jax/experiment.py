@@ -86,6 +86,7 @@ def _say_what_is_left_out(run: Run) -> None:
 def _steps(run: Run, stop: StopSignal) -> None:
     """All steps that are left."""
     progress = restore(run)
+    hooks.replace_images(run, progress)
     run.monitor.start(progress.before + progress.updates)
     for step in range(progress.step + progress.finished, len(run.dataset.groups)):
         if step > progress.step:
@@ -97,6 +98,7 @@ def _steps(run: Run, stop: StopSignal) -> None:
         hooks.select_exemplars(run, progress)
         network = parallel.replicate(run.devices, hooks.finish(run, progress))
         progress.state = progress.state.replace(network=network)
+        hooks.replace_images(run, progress)
         add_record(run, progress)
         save(run, progress, finished=True)
         stop_if_asked(run, progress, stop)
@@ -137,8 +139,13 @@ def enter(run: Run, progress: Progress, phase: Phase) -> None:
 
     Repeatable: a run that is stopped before the phase's first update does it again.
     """
-    if phase.images == "exemplars":
+    if phase.images == "exemplars" or phase.begin:
         hooks.select_exemplars(run, progress)
+    if phase.begin:
+        network = hooks.enter(run, progress, phase.begin)
+        progress.state = progress.state.replace(
+            network=parallel.replicate(run.devices, network)
+        )
     if phase.teacher == "now":
         progress.teacher = copy_network(run, progress.state.network)
     if phase.optimizer == "new":

@@ -46,6 +46,7 @@ PHASE = Phase(
     rows="seen",
     rate=EVERY_GROUP,
     optimizer="new",
+    begin="",
 )
 
 

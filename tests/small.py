@@ -9,7 +9,13 @@ from tests.tiny import TinyNet
 def build_model(config, devices, num_classes):
     """In the place of programs.build_model; PODNet's head has two proxies a class."""
     model = config.model
-    return TinyNet(num_classes, head=model.head, proxies=2, auxiliary=model.auxiliary)
+    return TinyNet(
+        num_classes,
+        head=model.head,
+        proxies=2,
+        auxiliary=model.auxiliary,
+        kernel_scales=model.kernel_scales,
+    )
 
 
 if __name__ == "__main__":

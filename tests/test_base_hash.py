@@ -20,6 +20,7 @@ DATA = dataset([8] * 6, base=3, steps=3)
 OF_A_PHASE = {
     "augment": False,
     "batch_norm": "eval",
+    "begin": "start",
     "beside": "memory",
     "beside_size": 3,
     "by_step": "1/step",
@@ -34,6 +35,7 @@ OF_A_PHASE = {
     "rate.batch_norms": 0.5,
     "rate.convolutions": 0.5,
     "rate.head": 0.5,
+    "rate.kernel_scales": 0.5,
     "rate.own": 0.5,
     "rate.scale": 0.5,
     "replay": 3,
@@ -70,6 +72,7 @@ RELEVANT = {
     "model.head": "cosine",
     "model.proxies": 5,
     "model.auxiliary": 4,
+    "model.kernel_scales": True,
     "model.stem": "3x3",
     "model.dtype": "bfloat16",
     "model.conv_chunks": 4,

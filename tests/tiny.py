@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from bsce_jax.models import heads
 from bsce_jax.models.batch_norm import BatchNorm
+from bsce_jax.models.convolution import Convolution
 
 
 class TinyNet(nn.Module):
@@ -13,12 +14,16 @@ class TinyNet(nn.Module):
     head: str = "linear"
     proxies: int = 10
     auxiliary: int = 0
+    kernel_scales: bool = False
 
     @nn.compact
     def __call__(self, images, train, valid=None, axis_name=None):
-        x = nn.Conv(
-            4, (3, 3), use_bias=False, dtype=self.dtype, param_dtype=self.dtype
-        )(images)
+        if self.kernel_scales:
+            x = Convolution(4, dtype=self.dtype, scaled=True)(images)
+        else:
+            x = nn.Conv(
+                4, (3, 3), use_bias=False, dtype=self.dtype, param_dtype=self.dtype
+            )(images)
         x = BatchNorm(dtype=self.dtype, name="norm")(x, train, valid, axis_name)
         features = jnp.mean(nn.relu(x) ** 2, axis=(1, 2))
         if self.auxiliary:

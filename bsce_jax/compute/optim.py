@@ -129,7 +129,8 @@ def group(path: tuple) -> str:
     Returns:
       "own", what a method trains beside the model; "head", the head's rows, whose last
       axis are the classes; "scale", its learned scale; "auxiliary", a branch that only
-      training uses; "batch_norms"; or "convolutions", the rest.
+      training uses; "batch_norms"; "kernel_scales", factors of the convolutions'
+      kernels; or "convolutions", the rest.
     """
     names = [str(part.key) for part in path]
     if names[0] == OWN:
@@ -138,6 +139,8 @@ def group(path: tuple) -> str:
         return "scale" if names[-1] == "scale" else "head"
     if names[0].startswith(AUXILIARY):
         return "auxiliary"
+    if names[-1] == "kernel_scale":
+        return "kernel_scales"
     return "batch_norms" if names[-2].endswith("norm") else "convolutions"
 
 

@@ -181,6 +181,9 @@ PHASE = {
         "here and below.",
         least=0,
     ),
+    "rate.kernel_scales": Field(
+        1.0, "Likewise, the kernels' factors (model.kernel_scales).", least=0
+    ),
     "rate.batch_norms": Field(1.0, "Likewise, BatchNorm's parameters.", least=0),
     "rate.head": Field(1.0, "Likewise, the head's rows.", least=0),
     "rate.scale": Field(1.0, "Likewise, the head's learned scale.", least=0),
@@ -206,6 +209,11 @@ PHASE = {
     ),
     "forward": Field(
         "", "Function of the method's module that makes outputs; '' = the network's."
+    ),
+    "begin": Field(
+        "",
+        "Function of the method's module that changes the network as the phase "
+        "begins, when the exemplars of the new classes are chosen; '' = none.",
     ),
     "optimizer": Field(
         "new",

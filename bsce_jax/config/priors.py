@@ -116,6 +116,13 @@ def learns_alpha(config: ConfigDict) -> bool:
     return config.prior == "meta"
 
 
+def learns_alpha_in(config: ConfigDict, phase: ConfigDict) -> bool:
+    """Whether alpha is learned in a phase: on the training set, where a network is."""
+    moving = any(rate for group, rate in phase.rate.items() if group != "own")
+    later = phase.steps == "later" and phase.images == "training"
+    return learns_alpha(config) and later and moving
+
+
 def held_out_per_class(config: ConfigDict, exemplars: int) -> int:
     """Images of each class in the balanced held-out set.
 

@@ -169,6 +169,12 @@ MODEL = {
         least=0,
         base=True,
     ),
+    "kernel_scales": Field(
+        False,
+        "Each kernel of a convolution has a factor, 1 at first, which trains in its "
+        "place where rate.convolutions is 0 (Mnemonics).",
+        base=True,
+    ),
     "dtype": Field(
         "float32",
         "Type of the computation; parameters are float32.",

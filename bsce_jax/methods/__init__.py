@@ -25,14 +25,20 @@ On the host, NumPy arrays in and out, once a step:
   teacher and labels int [N], -1 where an image cannot be read. Once an epoch.
 * ``exemplars(step, count) -> list``: the exemplars of each new class, `count` int
   indices in order of choice, in the place of `config.memory.selection`.
+* a function that a phase's `begin` names, ``(step) -> Network``: as that phase begins,
+  with the exemplars of the new classes chosen.
 * ``finish(step) -> Network``: after the last phase of a step and the choice of its
   exemplars.
+* ``replaced(network) -> (indices, images)``: after a step, int [n] and uint8 [n, H, W,
+  channels]: what stands in the place of training images from then on. Images that are
+  on the devices only.
 
 And constants:
 
 * ``OPTIONS``: its own settings, name -> default; they are `config.options`.
 * ``HEADS``: names of the heads it can work with.
 * ``NEEDS_MEMORY``: whether it is refused without exemplars.
+* ``NEEDS_RESIDENT``: whether it is refused with streamed images.
 * ``PRIORS``: the priors that have a meaning with it.
 
 Methods do not import one another.
@@ -99,6 +105,9 @@ class Step(NamedTuple):
       options: `config.options`.
       rng: for random choices; the same whenever the step is repeated.
       mirrored: whether the training images are mirrored at random.
+      images: of int indices [n] the training images, uint8 [n, H, W, channels]; None
+        where they are streamed.
+      normalization: mean and standard deviation of each channel, of pixels in [0, 1].
     """
 
     number: int
@@ -111,6 +120,8 @@ class Step(NamedTuple):
     options: Mapping[str, Any]
     rng: np.random.Generator
     mirrored: bool
+    images: Callable[[NDArray], NDArray] | None
+    normalization: tuple[Sequence[float], Sequence[float]]
 
     @property
     def head(self) -> dict[str, NDArray]:
@@ -186,11 +197,15 @@ def check(config: ConfigDict) -> None:
             )
         if memory.kind == "growing" and not memory.per_class:
             raise field_error("memory.per_class", 0, f"at least 1 for method={name}")
+    if getattr(method, "NEEDS_RESIDENT", False) and config.data.loading != "resident":
+        allowed = f"resident for method={name}"
+        raise field_error("data.loading", config.data.loading, allowed)
     for phase, section in config.phase.items():
-        given = section.forward
-        if given and not callable(getattr(method, given, None)):
-            allowed = f"'' or a function of the method {name}"
-            raise field_error(f"phase.{phase}.forward", given, allowed)
+        for field in ("forward", "begin"):
+            given = section[field]
+            if given and not callable(getattr(method, given, None)):
+                allowed = f"'' or a function of the method {name}"
+                raise field_error(f"phase.{phase}.{field}", given, allowed)
         if section.beside == "companions" and not hasattr(method, "companions"):
             allowed = f"'' or memory: the method {name} chooses no companions"
             raise field_error(f"phase.{phase}.beside", "companions", allowed)

@@ -32,6 +32,7 @@ def create(
     head: str = "linear",
     proxies: int = 10,
     auxiliary: int = 0,
+    kernel_scales: bool = False,
     dtype: Any = jnp.float32,
     conv_chunks: int = 1,
 ) -> nn.Module:
@@ -52,6 +53,8 @@ def create(
         "perspectives" (SPB-M's four cosine heads).
       proxies: of a class, for the head "local_similarity".
       auxiliary: outputs of an auxiliary branch (SPB-I's has four); 0 = none.
+      kernel_scales: give every kernel of a convolution a factor, 1 at first
+        (Mnemonics).
       dtype: compute type, a name or a type: "float32" or "bfloat16" (float64 where
         jax has it switched on). Parameters and statistics are at least float32.
       conv_chunks: 1, or more on one CPU device: `convolution.default_chunks`.
@@ -70,6 +73,7 @@ def create(
     for field, value in options.items():
         _check_positive(field, value)
     options |= {"head": head, "dtype": _dtype(dtype), "auxiliary": auxiliary}
+    options["kernel_scales"] = kernel_scales
     if family == "podnet":
         return podnet.podnet(depth, num_classes, **options)
     options |= {"shortcut": shortcut, "relu": "all" if final_relu else "not_last"}

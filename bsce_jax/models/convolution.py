@@ -22,6 +22,8 @@ class Convolution(nn.Module):
       stride: step of the window along height and width.
       chunks: pieces of the batch for the gradient on CPU, see `convolve`.
       dtype: compute type; the weights are at least float32.
+      scaled: whether each kernel, of one input and one output channel, has a factor of
+        its own, 1 at first (Mnemonics, Liu et al. 2020).
     """
 
     features: int
@@ -29,15 +31,18 @@ class Convolution(nn.Module):
     stride: int = 1
     chunks: int = 1
     dtype: jnp.dtype = jnp.float32
+    scaled: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[batch, height, width, channels] -> [batch, height', width', features]."""
         init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
         shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param(
-            "kernel", init, shape, jnp.promote_types(self.dtype, jnp.float32)
-        )
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        kernel = self.param("kernel", init, shape, dtype)
+        if self.scaled:
+            ones = nn.initializers.ones
+            kernel *= self.param("kernel_scale", ones, (1, 1, *shape[2:]), dtype)
         return convolve(
             x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.chunks
         )

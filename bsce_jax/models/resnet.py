@@ -28,6 +28,7 @@ class BasicBlock(nn.Module):
       zero_init: start with a second normalisation of scale 0: only the shortcut counts.
       chunks: see `convolution.convolve`.
       dtype: compute type.
+      kernel_scales: see `convolution.Convolution`, scaled.
     """
 
     features: int
@@ -37,6 +38,7 @@ class BasicBlock(nn.Module):
     zero_init: bool = False
     chunks: int = 1
     dtype: jnp.dtype = jnp.float32
+    kernel_scales: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, **batch_norm: Any) -> jax.Array:
@@ -51,7 +53,13 @@ class BasicBlock(nn.Module):
             x: jax.Array, size: int, stride: int, name: str, zero_init: bool = False
         ) -> jax.Array:
             conv = Convolution(
-                self.features, size, stride, self.chunks, self.dtype, name=name
+                self.features,
+                size,
+                stride,
+                self.chunks,
+                self.dtype,
+                self.kernel_scales,
+                name=name,
             )
             norm = BatchNorm(zero_init=zero_init, dtype=self.dtype, name=f"{name}_norm")
             return norm(conv(x), **batch_norm)
@@ -87,6 +95,7 @@ class ResNet(nn.Module):
         the last map (SPB-I, Wu et al. 2021: its four rotations); 0 = none.
       dtype: compute type of the backbone; the head is at least float32.
       conv_chunks: see `convolution.convolve`.
+      kernel_scales: see `convolution.Convolution`, scaled; not of the auxiliary branch.
     """
 
     num_classes: int
@@ -103,6 +112,7 @@ class ResNet(nn.Module):
     auxiliary: int = 0
     dtype: jnp.dtype = jnp.float32
     conv_chunks: int = 1
+    kernel_scales: bool = False
 
     @nn.compact
     def __call__(
@@ -139,6 +149,7 @@ class ResNet(nn.Module):
             self.stem_stride,
             self.conv_chunks,
             self.dtype,
+            self.kernel_scales,
             name="stem",
         )(images)
         x = nn.relu(BatchNorm(dtype=self.dtype, name="stem_norm")(x, **batch_norm))
@@ -155,6 +166,7 @@ class ResNet(nn.Module):
                     zero_init=self.zero_init,
                     chunks=self.conv_chunks,
                     dtype=self.dtype,
+                    kernel_scales=self.kernel_scales,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, **batch_norm)
             maps.append(x)

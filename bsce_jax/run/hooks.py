@@ -1,5 +1,6 @@
 """What a method does on the host, once a step: it is shown the step, and changes it."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,12 +10,13 @@ from bsce_jax import memory, methods
 from bsce_jax.compute.state import Network
 from bsce_jax.run import evaluate
 from bsce_jax.run.dataset import exemplars_per_class
+from bsce_jax.run.feed import create
 from bsce_jax.run.phases import training_set
 from bsce_jax.run.progress import Progress
 from bsce_jax.run.setup import Run
 
 # Keep these streams of random numbers apart from the others.
-_EXEMPLARS, _NEW_ROWS, _FINISH = 2, 3, 4
+_EXEMPLARS, _NEW_ROWS, _FINISH, _ENTER = 2, 3, 4, 5
 
 
 def _hook(run: Run, name: str) -> Callable | None:
@@ -36,6 +38,7 @@ def _shown(
 
     size = exemplars_per_class(config, run.dataset.groups[progress.step].stop)
     stored = progress.ranking[: group.stop, :size]
+    whole = run.dataset.train.images
     return methods.Step(
         number=step,
         num_old=group.start,
@@ -47,6 +50,8 @@ def _shown(
         options=config.options,
         rng=np.random.default_rng([config.seed, step, stream]),
         mirrored=config.data.flip,
+        images=None if whole is None else lambda indices: whole[indices],
+        normalization=(config.data.mean, config.data.std),
     )
 
 
@@ -62,6 +67,33 @@ def begin(run: Run, progress: Progress, step: int) -> Network:
     labels = run.dataset.train_labels[train]
     new = [train[labels == position] for position in run.dataset.groups[step]]
     return hook(_shown(run, progress, step, new, _NEW_ROWS))
+
+
+def enter(run: Run, progress: Progress, name: str) -> Network:
+    """The network with which a phase begins whose `begin` is the function `name`."""
+    step = progress.step
+    function = getattr(methods.module(run.config.method), name)
+    return function(_shown(run, progress, step, _all_new(run, step), _ENTER))
+
+
+def replace_images(run: Run, progress: Progress) -> None:
+    """Puts a method's own images in the place of training images, if it has any.
+
+    They are settled by the network, so that a run that goes on has them too.
+    """
+    hook = _hook(run, "replaced")
+    if hook is None:
+        return
+    indices, images = hook(jax.device_get(progress.state.network))
+    train = run.dataset.train
+    assert train.images is not None
+    changed = train.images.copy()
+    changed[indices] = images
+    run.dataset = dataclasses.replace(
+        run.dataset, train=dataclasses.replace(train, images=changed)
+    )
+    shape = run.dataset.image_shape
+    run.train = create(run.config, run.devices, run.dataset.train, shape)
 
 
 def finish(run: Run, progress: Progress) -> Network:

@@ -37,6 +37,7 @@ class Phase:
       rows: "seen" or "new", rows of the head that move.
       rate: factor of each group of parameters.
       optimizer: "new" or "kept".
+      begin: function of the method that changes the network as it begins, or "".
     """
 
     name: str
@@ -54,6 +55,7 @@ class Phase:
     rows: str
     rate: dict[str, float]
     optimizer: str
+    begin: str
 
     def learning_rates(self, step: int) -> tuple[float, ...]:
         """One an epoch, in step number `step` (0 = base step)."""
@@ -90,6 +92,7 @@ def configured(config: ConfigDict) -> tuple[Phase, ...]:
                         "teacher",
                         "rows",
                         "optimizer",
+                        "begin",
                     )
                 },
             )
@@ -224,7 +227,7 @@ def step_data(
         train, exemplars = found.train, found.exemplars
         if phase.images == "held_out":
             train = found.held_out
-        elif priors.learns_alpha(config):
+        elif priors.learns_alpha_in(config, config.phase[phase.name]):
             held_out = found.held_out
     counts = np.bincount(labels[train], minlength=dataset.num_classes)
     sampler, replayed = None, _none()

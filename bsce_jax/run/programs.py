@@ -110,9 +110,7 @@ def phase_program(config: ConfigDict, model: nn.Module, name: str) -> steps.Prog
     """
     phase = config.phase[name]
     base = phase.steps == "base"
-    learns_alpha = (
-        priors.learns_alpha(config) and not base and phase.images == "training"
-    )
+    learns_alpha = priors.learns_alpha_in(config, phase)
     program, o = test_program(config, model), config.optim
     return dataclasses.replace(
         program,
@@ -187,6 +185,7 @@ def build_model(
         head=m.head,
         proxies=m.proxies,
         auxiliary=m.auxiliary,
+        kernel_scales=m.kernel_scales,
         dtype=m.dtype,
         conv_chunks=chunks,
     )
