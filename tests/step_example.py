@@ -27,7 +27,15 @@ from bsce_jax.data import augment
 from tests.tiny import TinyNet
 
 CLASSES, OLD, SEEN, BATCH, UPDATES, FEATURES = 6, 3, 5, 12, 3, 4
-GROUPS = ("convolutions", "batch_norms", "head", "scale", "auxiliary", "own")
+GROUPS = (
+    "convolutions",
+    "kernel_scales",
+    "batch_norms",
+    "head",
+    "scale",
+    "auxiliary",
+    "own",
+)
 EVERY_GROUP = dict.fromkeys(GROUPS, 1.0)
 
 # Head and loss terms, with their options and weights.

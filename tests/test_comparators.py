@@ -19,7 +19,12 @@ PHASES = {  # of an incremental step
     "spb_i": ["incremental"],
     "spb_m": ["incremental"],
     "geodl": ["incremental"],
+    "lucir_dde": ["incremental"],
+    "podnet_dde": ["incremental", "finetune"],
+    "tpcil_like": ["incremental"],
+    "mnemonics": ["incremental", "exemplars"],
 }
+IN_BASE = {"mnemonics": ["base", "base_exemplars"]}  # the base alone elsewhere
 WITHOUT_MEMORY = ("ncm", "slda", "spb", "spb_i", "spb_m")
 EVERY_UPDATE = ("--config.checkpoint.minutes=0", "--config.checkpoint.keep=1000")
 
@@ -54,7 +59,8 @@ def test_a_run_learns_and_says_what_it_did(method, workdir):
     assert found["status"] == "done" and len(found["steps"]) == 3
     for step, record in enumerate(found["steps"]):
         result = record["result"]
-        assert list(result["phases"]) == (PHASES[method] if step else ["base"])
+        in_base = IN_BASE.get(method, ["base"])
+        assert list(result["phases"]) == (PHASES[method] if step else in_base)
         for phase in result["phases"].values():
             assert np.isfinite(phase["loss"]).all()
         assert result["own"].keys() == (
@@ -132,6 +138,32 @@ def test_eight_devices_train_as_one(method, config, workdir, mode):
             )
         for name, value in b["result"]["own"].items():
             assert a["result"]["own"][name] == pytest.approx(value, rel=1e-2, abs=1e-3)
+
+
+STREAMED = (
+    "--config.data.loading=streaming",
+    "--config.data.image_size=8",
+    "--config.data.random_resized_crop=False",
+)
+
+
+@pytest.mark.slow
+@only(*(name for name in PHASES if name != "mnemonics"))
+def test_streamed_images_give_the_bits_of_resident_ones(method, config, workdir):
+    copy = config.parent / "streamed"
+    runs.here(config, copy, *overrides(method), *STREAMED)
+    ours, theirs = (
+        [record["result"] for record in runs.results(folder)["steps"]]
+        for folder in (copy, workdir)
+    )
+    assert ours == theirs
+
+
+@only("mnemonics")
+def test_mnemonics_refuses_streamed_images_in_one_line(method, config, capsys):
+    runs.here(config, config.parent / "no", *overrides(method), *STREAMED, status=2)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "config.data.loading='streaming': expected resident" in line
 
 
 def state_of(workdir, step: int) -> dict:

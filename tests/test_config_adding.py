@@ -193,6 +193,8 @@ def test_the_documented_procedure_sets_the_new_rows(documented):
         options={},
         rng=np.random.default_rng(0),
         mirrored=False,
+        images=None,
+        normalization=((0.5,), (0.5,)),
     )
     found = methods.module("feature_baseline").begin(step).params["head"]
     np.testing.assert_array_equal(found["bias"], [1, 1, 0, 0, 1])

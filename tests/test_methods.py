@@ -62,6 +62,8 @@ def shown(head: Mapping[str, np.ndarray], extra=None, own=None, **changes):
         "options": {},
         "rng": np.random.default_rng(5),
         "mirrored": True,
+        "images": None,
+        "normalization": ((0.5,), (0.5,)),
         **changes,
     }
     return methods.Step(**values), table, asked

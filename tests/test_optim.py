@@ -154,7 +154,10 @@ def test_update_scale_follows_the_class_axis_of_the_head():
 
 
 PARAMS = {
-    "stem": {"conv": {"kernel": np.zeros((3, 2))}, "norm": {"scale": np.zeros(2)}},
+    "stem": {
+        "conv": {"kernel": np.zeros((3, 2)), "kernel_scale": np.zeros((1, 2))},
+        "norm": {"scale": np.zeros(2)},
+    },
     "block_norm": {"bias": np.zeros(2)},
     "auxiliary": {"dense": {"kernel": np.zeros((2, 4))}},
     "auxiliary_block": {"norm": {"scale": np.zeros(2)}},
@@ -163,6 +166,7 @@ PARAMS = {
 }
 GROUPS = {
     "['stem']['conv']['kernel']": "convolutions",
+    "['stem']['conv']['kernel_scale']": "kernel_scales",
     "['stem']['norm']['scale']": "batch_norms",
     "['block_norm']['bias']": "batch_norms",
     "['auxiliary']['dense']['kernel']": "auxiliary",

@@ -241,7 +241,8 @@ def test_a_phase_has_the_fields_of_its_section():
     rate = {"head": 10.0, "own": 0.0}
     found = configured(config({"last": phase(rate=rate, **changes)}))[-1]
     assert {name: getattr(found, name) for name in changes} == changes
-    ones = {"convolutions": 1, "batch_norms": 1, "scale": 1, "auxiliary": 1}
+    groups = "convolutions", "kernel_scales", "batch_norms", "scale", "auxiliary"
+    ones = dict.fromkeys(groups, 1)
     assert found.rate == ones | rate and found.steps == "later"
 
 

@@ -35,7 +35,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
         config.phase[name] = phase(
             steps=steps,
             epochs=1,
-            learning_rate=10.0,
+            learning_rate=1.0,
             rate=only(own=1.0),
             batch_norm="eval",
             teacher="none",
