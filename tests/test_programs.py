@@ -41,9 +41,15 @@ def test_a_phase_has_the_terms_and_the_frozen_groups_of_its_section():
     )
     found = program("last", {"last": last})
     assert names(found) == ["softmax_ce"] and found.batch_norm == "eval"
-    every = {"convolutions", "batch_norms", "scale", "auxiliary", "own"}
-    assert found.frozen == every
+    every = {"convolutions", "kernel_scales", "batch_norms", "scale", "auxiliary"}
+    assert found.frozen == every | {"own"}
     assert not program("incremental", {"last": last}).frozen
+
+
+def test_alpha_is_not_learned_where_the_network_stays():
+    last = {"last": phase(epochs=1, rate=only(own=1.0))}
+    assert program("incremental", last, prior="meta").meta is not None
+    assert program("last", last, prior="meta").meta is None
 
 
 def test_alpha_is_learned_on_training_images_of_later_steps_only():
