@@ -225,7 +225,9 @@ def _figure4(found: dict[str, Any]) -> Runs:
     cells = []
     for epsilon, average in ((0, 54.0), (0.1, 57.5), (0.2, 59.1), (1, 56), (100, 44)):
         run = _run(found, "relaxed", average, epsilon=epsilon, method="lucir")
-        cells.append(cell(f"figure4/lucir/epsilon-{epsilon}", [run]))
+        for shown in ("average", "base", "latest"):
+            key = f"figure4a/epsilon-{epsilon}/cifar100-5-{shown}"
+            cells.append(cell(key, [run]))
     return cells
 
 

@@ -14,11 +14,11 @@ from bsce_jax.config.hashes import config_hash
 from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
 from bsce_jax.report import published, results
+from bsce_jax.reproduce import __main__ as reproduce
 from bsce_jax.reproduce import manifest, tables
 from bsce_jax.reproduce.tables import (
     TableCell,
     by_base_step,
-    configs_folder,
     cost,
     expand,
     share,
@@ -47,10 +47,27 @@ def test_every_chosen_cell_has_its_jobs_or_a_reason(small):
     for cell in found:
         assert (len(cell.jobs), bool(cell.missing)) in ((2, False), (0, True))
         assert [job.seed for job in cell.jobs] in ([], [0, 1])
-    missing = {cell.row: cell.missing for cell in found if cell.missing}
-    rows = tables.table_module(configs_folder(), "table1").ROWS
-    none = [row for row, settings in rows.items() if settings is None]
-    assert missing == {row: f"the method {row} does not exist here yet" for row in none}
+        assert len(cell.flags) == len(cell.jobs)
+    assert not any(cell.missing for cell in found)
+
+
+def test_a_cell_that_only_wants_its_data_set_has_its_command(small, tmp_path, capsys):
+    elsewhere = f"--config.data.data_dir={tmp_path}"
+    only = {"rows": ("il_baseline",), "overrides": (elsewhere,)}
+    found = expand(chosen(small, ("table4",), **only))
+    for cell in found:
+        assert "is not on this machine" in cell.missing and not cell.jobs
+        (flags,) = cell.flags
+        assert elsewhere in flags
+    given = ["--table", "4", "--rows", "il_baseline", "--file", f"cifar100={small}"]
+    assert reproduce.main([*given, "--dry_run", elsewhere]) == 0
+    first, *commands = capsys.readouterr().out.splitlines()
+    assert first.startswith("table4 il_baseline memory-1 and 4 more: data set")
+    assert len(commands) == 5
+    assert all(line.startswith("no data set yet: python -m") for line in commands)
+    assert reproduce.main([*given, elsewhere]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("bsce_jax: nothing can be run: data set")
 
 
 def test_cells_of_one_configuration_share_their_job(small):

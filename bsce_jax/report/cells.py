@@ -102,7 +102,7 @@ class Section(NamedTuple):
     @property
     def name(self) -> str:
         """As the paper calls it: "Table 1"."""
-        return re.sub(r"^(\D+)(\d+)$", r"\1 \2", self.table.key).capitalize()
+        return re.sub(r"^(\D+)(\d+\D?)$", r"\1 \2", self.table.key).capitalize()
 
     def row(self, row: "Row") -> list[Cell]:
         """Cells of a row, in the order of the columns."""

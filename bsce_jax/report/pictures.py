@@ -47,9 +47,12 @@ def pictures(section: Section, drawn: set[tuple[str, ...]]) -> list[Picture]:
     groups = column_groups(section)
     for columns in groups:
         runs = labelled(section, columns)
-        if not runs or kind == "figure4":
+        if not runs:
             continue
         where = f": {_common(columns)}" if len(groups) > 1 else ""
+        if kind.startswith("figure4"):
+            found.append(_epsilon_sweep(section, columns, where))
+            continue
         key = tuple(sorted(f"{run['name']} {run['config_hash']}" for run in runs))
         if kind.startswith("table"):
             found.append(_curves(runs, where))
@@ -60,8 +63,6 @@ def pictures(section: Section, drawn: set[tuple[str, ...]]) -> list[Picture]:
             if any(record["result"]["alpha"] for r in runs for record in r["steps"]):
                 found.append(_alpha(runs, where))
         drawn.add(key)
-    if kind == "figure4" and any(cell.values for cell in section.cells.values()):
-        found.append(_epsilon_sweep(section))
     return found
 
 
@@ -137,36 +138,35 @@ def _alpha_sweep(section: Section, columns: Sequence["Column"], where: str) -> P
     return _picture(f"Accuracy by α{where}", "; ".join(lines), draw)
 
 
-def _epsilon_sweep(section: Section) -> Picture:
+def _epsilon_sweep(
+    section: Section, columns: Sequence["Column"], where: str
+) -> Picture:
     """Jodelet et al., Figure 4: linear up to 0.1 % and logarithmic above."""
-    columns = section.table.columns
-    epsilon = [float(column.key.removeprefix("epsilon-")) for column in columns]
-    labels = {
-        index: row.label
-        for index, row in enumerate(section.table.rows)
-        if any(cell.mean is not None for cell in section.row(row))
-    }
+    rows = section.table.rows
+    epsilon = [float(row.key.removeprefix("epsilon-")) for row in rows]
+    by_column = [[section.cells[row.key, c.key] for row in rows] for c in columns]
 
     def draw(path: pathlib.Path) -> None:
         with plots.canvas((6.4, 4.0), path) as figure:
             axes = figure.add_subplot()
-            for index in labels:
-                _series(axes, index, epsilon, section.row(section.table.rows[index]))
+            for index, cells in enumerate(by_column):
+                _series(axes, index, epsilon, cells)
             axes.set_xscale("symlog", linthresh=0.1)
             ticks = [0, 0.05, 0.1, 1, 10, 100]
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.set_xlabel("ε (% of the images of a class)")
-            axes.set_ylabel("average incremental accuracy (%)")
-            paper = any(cell.paper is not None for cell in section.cells.values())
-            _legend(figure, labels, paper)
+            axes.set_ylabel("top-1 accuracy (%)")
+            labels = [column.label.rpartition(", ")[2] for column in columns]
+            paper = any(c.paper is not None for cells in by_column for c in cells)
+            _legend(figure, dict(enumerate(labels)), paper)
 
     lines = [
-        f"{row.label}, ε = {cell.column.label}: {_both(cell)}"
-        for row in section.table.rows
-        for cell in section.row(row)
+        f"{column.label}, ε = {row.label}: {_both(cell)}"
+        for column, cells in zip(columns, by_column, strict=True)
+        for row, cell in zip(rows, cells, strict=True)
         if cell.mean is not None
     ]
-    return _picture("Accuracy by ε", "; ".join(lines), draw)
+    return _picture(f"Accuracy by ε{where}", "; ".join(lines), draw)
 
 
 def _series(axes: Axes, index: int, x: Sequence[float], cells: Sequence[Cell]) -> None:

@@ -23,6 +23,7 @@ OWN_FIELDS = {
     "init_from": "nothing: base steps are shared",
     "print_plan": "--dry_run",
 }
+PANELS = {"4": ("4a", "4b")}  # of figures that are more than one table
 EPILOG = """examples:
   python -m bsce_jax.reproduce --table 1 --dataset cifar100 --seeds 3
   python -m bsce_jax.reproduce --table 5 6 --rows il_baseline balanced --dry_run
@@ -43,7 +44,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--table", nargs="+", default=[], metavar="N", help="tables, 1 to 6")
-    add("--figure", nargs="+", default=[], metavar="N", help="figures, 2 to 5")
+    add(
+        "--figure",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="figures, 2 to 5, or a panel: 4a, 4b",
+    )
     add("--dataset", default="", help="cifar100, imagenet_subset or imagenet only")
     add("--rows", nargs="+", default=[], help="rows by key; default: all")
     add("--columns", nargs="+", default=[], help="columns by key; default: all")
@@ -94,7 +101,8 @@ def choose(options: argparse.Namespace) -> tables.Chosen:
     files = dict(given.partition("=")[::2] for given in options.file)
     if not all(files.values()):
         raise UserError(f"--file {' '.join(options.file)}: expected NAME=OTHER")
-    keys = [f"table{n}" for n in options.table] + [f"figure{n}" for n in options.figure]
+    figures = [n for given in options.figure for n in PANELS.get(given, (given,))]
+    keys = [f"table{n}" for n in options.table] + [f"figure{n}" for n in figures]
     return tables.Chosen(
         tables=tuple(keys),
         dataset=options.dataset,
@@ -154,13 +162,16 @@ def reproduce(options: argparse.Namespace) -> int:
     found = tables.expand(chosen)
     jobs = _distinct(job for cell in found for job in cell.jobs)
     mine = tables.share(jobs, index, count)
-    for cell in found:
-        if cell.missing:
-            print(f"{cell.table} {cell.row} {cell.column}: {cell.missing}")
+    for line in _missing(found):
+        print(line)
     if options.dry_run:
         for job in mine:
-            print(f"{job.updates} updates: {tables.shown_command(job)}")
+            print(f"{job.updates} updates: {tables.shown_command(job.flags)}")
+        for command in _without_data(found):
+            print(f"no data set yet: {command}")
         return 0
+    if not jobs:
+        raise UserError(f"nothing can be run: {found[0].missing}")
     output = pathlib.Path(options.output).expanduser().resolve()
     try:
         (output / "runs").mkdir(parents=True, exist_ok=True)
@@ -189,6 +200,25 @@ def reproduce(options: argparse.Namespace) -> int:
     print(f"{len(mine) - len(left)} of {len(mine)} runs done; {output / 'report.html'}")
     failed = [name for name, state in work.states.items() if state == "failed"]
     return 1 if failed else 3 if left else 0
+
+
+def _missing(cells: Iterable[tables.TableCell]) -> list[str]:
+    """Why cells cannot be run, each reason once."""
+    by_reason: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.missing:
+            name = f"{cell.table} {cell.row} {cell.column}"
+            by_reason.setdefault(cell.missing, []).append(name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}"
+        for reason, names in by_reason.items()
+    ]
+
+
+def _without_data(cells: Iterable[tables.TableCell]) -> list[str]:
+    """The commands of cells that only want their data set, each once."""
+    flags = [flags for cell in cells if not cell.jobs for flags in cell.flags]
+    return list(dict.fromkeys(map(tables.shown_command, flags)))
 
 
 def _distinct(jobs: Iterable[tables.Job]) -> list[tables.Job]:

@@ -42,7 +42,7 @@ def write(
                 "name": job.name,
                 "seed": job.seed,
                 "workdir": workdir(job.name),
-                "command": tables.shown_command(job),
+                "command": tables.shown_command(job.flags),
                 "status": "to do",
             }
             for job in cell.jobs

@@ -1,10 +1,9 @@
 """From the cells of the paper's tables to the runs that fill them.
 
 configs/tables/<table>.py says how a cell is run: COLUMNS maps a column to a
-configuration file and arguments, ROWS a row to arguments (None where the method does
-not exist here), and a cell has those of both, the row's first. An argument whose name
-begins with "config." is an override of that field. Cells of one configuration share
-their runs, also across tables.
+configuration file and arguments, ROWS a row to arguments, and a cell has those of both,
+the row's first. An argument whose name begins with "config." is an override of that
+field. Cells of one configuration share their runs, also across tables.
 """
 
 import dataclasses
@@ -62,13 +61,17 @@ class Job:
 
 
 class TableCell(NamedTuple):
-    """A cell of a table: its jobs, one a seed, or why there are none."""
+    """A cell of a table: its jobs, one a seed, or why there are none.
+
+    `flags` are those of the jobs, and of those that only want their data set.
+    """
 
     table: str
     row: str
     column: str
     missing: str
     jobs: tuple[Job, ...]
+    flags: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclasses.dataclass
@@ -119,7 +122,7 @@ def expand(chosen: Chosen) -> list[TableCell]:
 
     Raises:
       UserError: an unknown table, row, column, data set or file, nothing chosen, or
-        no cell with a valid configuration and a prepared data set.
+        no cell with a valid configuration.
     """
     tables = published.load()
     for key in chosen.tables:
@@ -127,30 +130,42 @@ def expand(chosen: Chosen) -> list[TableCell]:
             raise UserError(f"table {key!r}: expected one of {', '.join(tables)}")
     modules = {key: table_module(chosen.folder, key) for key in chosen.tables}
     _check_keys(chosen, tables, modules)
-    known, cells, refused = _Known(), [], ""
+    known, cells = _Known(), []
     for key, how in modules.items():
         for row, column in _chosen_cells(chosen, tables[key]):
             stem, arguments = how.COLUMNS[column]
             if chosen.dataset not in ("", stem):
                 continue
-            missing = _missing(chosen, stem, row, how.ROWS[row])
-            jobs: tuple[Job, ...] = ()
-            if not missing:
-                settings = {**arguments, **how.ROWS[row]}
-                try:
-                    jobs = tuple(
-                        _job(chosen, stem, settings, seed, known)
-                        for seed in range(chosen.seeds)
-                    )
-                except UserError as error:  # such as Meta with a single exemplar
-                    missing = str(error)
-                    refused = refused or missing
-            cells.append(TableCell(key, row, column, missing, jobs))
+            settings = {**arguments, **how.ROWS[row]}
+            found = _cell(chosen, stem, settings, known)
+            cells.append(TableCell(key, row, column, *found))
     if not cells:
         raise UserError("no cell is chosen: see --table, --dataset, --rows, --columns")
-    if not known.jobs:
-        raise UserError(f"nothing can be run: {refused or cells[0].missing}")
+    if not any(cell.flags for cell in cells):
+        raise UserError(f"nothing can be run: {cells[0].missing}")
     return cells
+
+
+def _cell(
+    chosen: Chosen, stem: str, settings: Mapping[str, Any], known: _Known
+) -> tuple[str, tuple[Job, ...], tuple[tuple[str, ...], ...]]:
+    """Why a cell cannot be run, or "", its jobs, and their flags."""
+    file = _file(chosen, stem)
+    if not file.exists():
+        return f"{file.name} does not exist yet", (), ()
+    name = _name(file.stem, settings)
+    flags, jobs = [], []
+    for seed in range(chosen.seeds):
+        flags.append(_flags(chosen, file, settings, seed, name))
+        try:
+            config = resolve(parse(["reproduce", *flags[-1]]).config)
+        except UserError as error:  # such as Meta with a single exemplar
+            return str(error), (), ()
+        try:
+            jobs.append(_job(config, f"{name}-seed{seed}", flags[-1], known))
+        except UserError as error:  # such as a data set that is not prepared
+            return str(error), (), tuple(flags)
+    return "", tuple(jobs), tuple(flags)
 
 
 def _check_keys(
@@ -195,39 +210,37 @@ def _chosen_cells(chosen: Chosen, table: published.Table) -> Iterable[tuple[str,
             yield row.key, column.key
 
 
-def _missing(chosen: Chosen, stem: str, row: str, settings: Any) -> str:
-    """Why a cell cannot be run, or ""."""
-    if settings is None:
-        return f"the method {row} does not exist here yet"
-    file = _file(chosen, stem)
-    return "" if file.exists() else f"{file.name} does not exist yet"
-
-
 def _file(chosen: Chosen, stem: str) -> pathlib.Path:
     given = chosen.files.get(stem, stem)
     path = pathlib.Path(given)
     return path.resolve() if path.suffix == ".py" else chosen.folder / f"{given}.py"
 
 
-def _job(
+def _flags(
     chosen: Chosen,
-    stem: str,
+    file: pathlib.Path,
     settings: Mapping[str, Any],
     seed: int,
-    known: _Known,
-) -> Job:
-    """The job of a cell and seed, which may be that of an earlier cell."""
+    name: str,
+) -> tuple[str, ...]:
+    """Flags of bsce_jax.main for a cell and seed."""
     arguments = {k: v for k, v in settings.items() if not k.startswith("config.")}
     text = ",".join(f"{k}={v}" for k, v in {**arguments, "seed": seed}.items())
     fields = {k: v for k, v in settings.items() if k.startswith("config.")}
-    flags = (
-        f"--config={_file(chosen, stem)}:{text}",
-        *(f"--{name}={value}" for name, value in fields.items()),
+    return (
+        f"--config={file}:{text}",
+        *(f"--{field}={value}" for field, value in fields.items()),
         *chosen.overrides,
+        f"--config.name={name}",
     )
-    name = _name(_file(chosen, stem).stem, settings)
-    flags = (*flags, f"--config.name={name}")
-    config = resolve(parse(["reproduce", *flags]).config)
+
+
+def _job(config: ConfigDict, name: str, flags: tuple[str, ...], known: _Known) -> Job:
+    """The job of a configuration, which may be that of an earlier cell.
+
+    Raises:
+      UserError: its data set cannot be read, or does not fit it.
+    """
     key = config_hash(config)
     if key not in known.jobs:
         data = _load(config, known)
@@ -236,8 +249,8 @@ def _job(
             for planned in phases.planned(config, data)
         ]
         known.jobs[key] = Job(
-            name=f"{name}-seed{seed}",
-            seed=seed,
+            name=name,
+            seed=config.seed,
             flags=flags,
             config_hash=key,
             base_hash=base_hash(config, data),
@@ -321,7 +334,7 @@ def command(job: Job, workdir: str, base: str = "") -> list[str]:
     return [*program, *job.flags, f"--workdir={workdir}", *taken]
 
 
-def shown_command(job: Job) -> str:
+def shown_command(flags: Iterable[str]) -> str:
     """The command of a job for readers, from the folder of the source tree."""
-    flags = (flag.replace(f"--config={SOURCE}/", "--config=") for flag in job.flags)
+    flags = (flag.replace(f"--config={SOURCE}/", "--config=") for flag in flags)
     return shlex.join(["python", "-m", "bsce_jax.main", *flags])

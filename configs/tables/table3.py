@@ -18,7 +18,7 @@ ROWS = {
     "spb": {"method": "spb", "prior": "none"},
     "spb_i": {"method": "spb_i", "prior": "none"},
     "spb_m": {"method": "spb_m", "prior": "none"},
-    "dde": None,
+    "dde": {"method": "lucir_dde", "prior": "none"},
     "ncm": {"method": "ncm", "prior": "none"},
     "slda": {"method": "slda", "prior": "none"},
     "lucir": {"method": "lucir", "prior": "none"},
