@@ -1,12 +1,14 @@
 """Which base steps are the same: the hash covers all that reaches one, no more."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from bsce_jax.config.fields import PHASE, phase
+from bsce_jax.config.flags import parse
 from bsce_jax.config.hashes import flatten
 from bsce_jax.config.resolve import resolve
 from bsce_jax.run.base_hash import base_hash
@@ -45,6 +47,7 @@ OF_A_PHASE = {
     "teacher": "now",
     "when_prior": "none",
 }
+CONFIGS = pathlib.Path(__file__).resolve().parent.parent / "configs"
 # One other value for each field that reaches the base step.
 RELEVANT = {
     "seed": 1,
@@ -254,3 +257,21 @@ def test_the_base_hash_and_the_scenario():
     one = config()
     one.terms.softmax_ce = {"weight": 1.0}
     assert base_hash(one, DATA) == expected
+
+
+@pytest.mark.parametrize(
+    "alike",
+    [
+        ("il_baseline", "ncm", "slda", "bic"),
+        ("lucir", "lucir_dde", "geodl", "tpcil_like"),
+        ("podnet:balanced", "podnet_dde"),
+    ],
+)
+def test_methods_that_begin_alike_share_their_base_step(alike):
+    found = set()
+    for given in alike:
+        method, _, prior = given.partition(":")
+        arguments = f"method={method},prior={prior or 'none'},memory=5"
+        file = f"{CONFIGS / 'cifar100.py'}:{arguments}"
+        found.add(base_hash(resolve(parse(["main", f"--config={file}"]).config), DATA))
+    assert len(found) == 1
