@@ -74,6 +74,7 @@ def make_run(
         "class_names": [f"class {i}" for i in range(total)],
         "class_order": list(range(total)),
         "image_shape": [32, 32, 3],
+        "data": {},
         "steps": records,
         "summary": results.summary(records),
     }

@@ -79,6 +79,7 @@ def make_results(
         "class_names": [f"class {i}" for i in range(total)],
         "class_order": [int(i) for i in rng.permutation(total)],
         "image_shape": [8, 8, 1],
+        "data": {},
         "steps": records,
         "summary": results.summary(records),
     }

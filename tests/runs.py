@@ -142,7 +142,7 @@ def test_images(workdir: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """The test images of a run on "blobs", and their positions in the class order."""
     fields = results(workdir)
     config = fields["config"]
-    images, labels = resident.load("blobs", "test", config["data.data_dir"], 0)
+    images, labels, _ = resident.load("blobs", "test", config["data.data_dir"], 0)
     return images, np.argsort(fields["class_order"])[labels]
 
 

@@ -33,7 +33,7 @@ def test_digits_are_scikit_learns_losslessly_in_a_stratified_split(
     sizes = np.bincount(bunch.target)
     found = []
     for split in ("train", "test"):
-        images, labels = resident.load("digits", split, str(tmp_path))
+        images, labels, _ = resident.load("digits", split, str(tmp_path))
         counts = np.bincount(labels)
         expected = sizes // 5 if split == "test" else sizes - sizes // 5
         np.testing.assert_array_equal(counts, expected)
@@ -106,7 +106,7 @@ def test_cifar100_is_prepared_and_read_back(
     info = json.loads((folder / "dataset_info.json").read_text())
     assert info["fileFormat"] == "array_record"
     for split in ("train", "test"):
-        images, labels = resident.load("cifar100", split, str(tmp_path))
+        images, labels, _ = resident.load("cifar100", split, str(tmp_path))
         records = np.frombuffer(files[f"{split}.bin"], np.uint8).reshape(40, -1)
         pixels = records[:, 2:].reshape(40, 3, 32, 32).transpose(0, 2, 3, 1)
         np.testing.assert_array_equal(np.sort(labels), np.arange(40))

@@ -1,5 +1,6 @@
 """A small data set (CIFAR-100, digits) whole in memory, and choices of its images."""
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -21,10 +22,14 @@ BYTES_WORTH_A_THREAD = 4096
 
 
 class Arrays(NamedTuple):
-    """One split: images uint8 [N, H, W, Ch], labels int32 [N], in the disk's order."""
+    """One split: images uint8 [N, H, W, Ch], labels int32 [N], in the disk's order.
+
+    `digest` is that of the encoded images and labels in this order, hexadecimal.
+    """
 
     images: np.ndarray
     labels: np.ndarray
+    digest: str
 
 
 def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arrays:
@@ -58,9 +63,13 @@ def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arra
     first = decode(0, encoded)
     images = np.empty((len(pairs), *first.shape), np.uint8)
     labels = np.empty(len(pairs), np.int32)
+    digests: dict[int, bytes] = {}  # of each piece, by its first row
 
     def read(rows: range) -> int:
+        read_bytes = hashlib.sha256()
         for row, pair in zip(rows, pairs.__getitems__(rows), strict=True):
+            read_bytes.update(b"%d %d " % (pair[1], len(pair[0])))
+            read_bytes.update(pair[0])
             image = decode(row, pair[0])
             if image.shape != first.shape:
                 raise UserError(
@@ -68,13 +77,15 @@ def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arra
                     f"{image.shape[:2]}): set image_size"
                 )
             images[row], labels[row] = image, pair[1]
+        digests[rows.start] = read_bytes.digest()
         return len(rows)
 
     threads = (os.cpu_count() or 1) if len(encoded) >= BYTES_WORTH_A_THREAD else 1
     _run(read, _chunks(len(pairs)), threads, f"{name} {split}")
     if labels.min() < 0:
         raise UserError(f"split {split!r} of {name} has images without a label")
-    return Arrays(images, labels)
+    whole = hashlib.sha256(b"".join(digests[first] for first in sorted(digests)))
+    return Arrays(images, labels, whole.hexdigest())
 
 
 def _mode(info: Any) -> str:

@@ -11,6 +11,8 @@ The file is one JSON object:
     class_names   [classes] names, in class order
     class_order   [classes] labels of the data set, in class order
     image_shape   [3] height, width and channels of the images
+    data          {"training": {"images": N, "digest": text}, "test": ...}, the digest
+                  of the records and their order; {} in runs of before it was written
     steps         one record a finished step: {"step", "result", "telemetry"}
     summary       see `summary`
 

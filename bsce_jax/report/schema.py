@@ -13,10 +13,16 @@ SCHEMA = 3
 def upgraded(results: Any) -> Any:
     """Schema 3 of what a file of schema 2 holds; anything else as it is.
 
+    What the data were was not written at first, which {} says.
+
     Raises:
       UserError: a field that becomes another one is not there or not valid.
     """
-    if not isinstance(results, Mapping) or results.get("schema") != 2:
+    if not isinstance(results, Mapping):
+        return results
+    if "data" not in results:
+        results = {**results, "data": {}}
+    if results.get("schema") != 2:
         return results
     steps = results.get("steps")
     if isinstance(steps, list):
@@ -185,6 +191,15 @@ def _is_sha256(value: Any) -> bool:
     return _is_text(value) and bool(re.fullmatch("[0-9a-f]{64}", value))
 
 
+def _is_split(value: Any) -> bool:
+    return (
+        _is_object(value)
+        and value.keys() == {"images", "digest"}
+        and _is_count(value["images"])
+        and _is_text(value["digest"])
+    )
+
+
 _TEXT = ("text", _is_text)
 _OBJECT = ("an object", _is_object)
 _COUNT = ("a count, 0 or more", _is_count)
@@ -205,6 +220,7 @@ _FIELDS: dict[str, _Kind] = {
     "class_names": ("a list of texts", _list_of(_is_text)),
     "class_order": _COUNTS,
     "image_shape": ("three counts", _list_of(_is_count)),
+    "data": ("an object of images and digest of each split", _object_of(_is_split)),
     "steps": ("a list of records", _list_of(_is_object)),
     "summary": _OBJECT,
 }

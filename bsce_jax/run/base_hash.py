@@ -14,14 +14,15 @@ from bsce_jax.run.phases import configured
 def base_hash(config: ConfigDict, dataset: Dataset) -> str:
     """Identifies all that reaches the base step: equal hashes may share one.
 
-    The class order counts as far as it decides the base classes and the head's rows;
-    the log-prior counts up to an additive constant; terms that need old classes, the
-    memory and the later steps do not count.
+    The training records and their order count, and the class order as far as it decides
+    the base classes and the head's rows; the log-prior counts up to an additive
+    constant; terms that need old classes, the memory and the later steps do not count.
     """
     part = base_fields(flatten(config))
     base = dataset.groups[0].stop
     part["class_order"] = [int(i) for i in dataset.class_order[:base]]
     part["num_classes"] = dataset.num_classes
+    part["data"] = dataset.train.digest
     counts = dataset.images_per_class[:base]
     equal = bool(np.all(counts == counts[0]))
     part["terms"] = [

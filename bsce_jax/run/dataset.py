@@ -1,6 +1,8 @@
 """What a run learns from: images in class order, and the classes of each step."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,17 +22,24 @@ class Split:
       records: int [N], the source's record of each image.
       labels: int32 [N], positions in the class order.
       images: uint8 [N, H, W, channels], or None where they are streamed.
+      digest: of the source's whole split, hexadecimal.
     """
 
     name: str
     records: np.ndarray
     labels: np.ndarray
     images: np.ndarray | None
+    digest: str = ""
 
     def __getitem__(self, chosen: np.ndarray) -> "Split":
         """The images that a mask or indices choose."""
         images = None if self.images is None else self.images[chosen]
-        return Split(self.name, self.records[chosen], self.labels[chosen], images)
+        return dataclasses.replace(
+            self,
+            records=self.records[chosen],
+            labels=self.labels[chosen],
+            images=images,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +81,28 @@ class Dataset:
     def images_per_class(self) -> np.ndarray:
         """Training images of each class, int [C]."""
         return np.bincount(self.train_labels, minlength=self.num_classes)
+
+
+def facts(dataset: Dataset) -> dict[str, dict[str, Any]]:
+    """What a run's data are: number of images and digest of each split, for JSON."""
+    return {
+        name: {"images": len(split.labels), "digest": split.digest}
+        for name, split in (("training", dataset.train), ("test", dataset.test))
+    }
+
+
+def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """What makes two `facts` differ, in a few words; "" where they agree.
+
+    A run of before there were any agrees with all.
+    """
+    for name in theirs:
+        then, now = theirs[name], ours[name]
+        if then["images"] != now["images"]:
+            return f"{now['images']} {name} images here, {then['images']} there"
+        if then["digest"] != now["digest"]:
+            return f"other {name} images, labels or order of them here than there"
+    return ""
 
 
 def load(config: ConfigDict) -> Dataset:
@@ -123,10 +154,13 @@ def _read(config: ConfigDict, split: str, position: np.ndarray) -> Split:
     data = config.data
     images = None
     if data.loading == "resident":
-        images, labels = resident.load(data.name, split, data.data_dir, data.image_size)
+        images, labels, digest = resident.load(
+            data.name, split, data.data_dir, data.image_size
+        )
     else:
         labels = source.labels(data.name, split, data.data_dir)
-    found = Split(split, np.arange(len(labels)), position[labels], images)
+        digest = source.digest(data.name, split, data.data_dir, labels)
+    found = Split(split, np.arange(len(labels)), position[labels], images, digest)
     used = found.labels >= 0
     return found if used.all() else found[used]
 

@@ -16,6 +16,8 @@ from bsce_jax.compute.state import OWN, Network, PyTree, TrainState
 from bsce_jax.config.hashes import base_fields, differences
 from bsce_jax.errors import UserError
 from bsce_jax.report import results
+from bsce_jax.report.schema import upgraded
+from bsce_jax.run.dataset import difference
 from bsce_jax.run.loop import History
 from bsce_jax.run.phases import empty_ranking
 from bsce_jax.run.programs import init_network
@@ -131,7 +133,7 @@ def restore(run: Run) -> Progress:
     """Continues from the newest intact checkpoint, or starts.
 
     Raises:
-      UserError: the workdir belongs to another configuration.
+      UserError: the workdir belongs to another configuration, or to other data.
     """
     progress = initial(run)
     _refuse_another(run)
@@ -163,20 +165,26 @@ def restore(run: Run) -> Progress:
 
 
 def _refuse_another(run: Run) -> None:
-    """Compares the configuration with that of the newest readable checkpoint.
+    """Compares configuration and data with those of the newest readable checkpoint.
 
     Raises:
-      UserError: it is another one.
+      UserError: they are others.
     """
     for number in reversed(store.numbers(run.checkpoints)):
         try:
-            theirs = store.read_meta(run.checkpoints, number)["results"]
+            theirs = upgraded(store.read_meta(run.checkpoints, number)["results"])
         except store.DamagedError:
             continue  # reported when it is restored
         if theirs["config_hash"] != run.results["config_hash"]:
             changed = differences(theirs["config"], run.results["config"])
             raise UserError(
                 f"workdir {run.workdir} belongs to another configuration ({changed}): "
+                "give another --workdir"
+            )
+        other = difference(theirs["data"], run.results["data"])
+        if other:
+            raise UserError(
+                f"workdir {run.workdir} belongs to a run on other data ({other}): "
                 "give another --workdir"
             )
         return
@@ -204,6 +212,8 @@ def take_over(run: Run, progress: Progress) -> Progress:
     where = f"config.init_from={run.config.init_from!r}"
     folder = epath.Path(run.config.init_from)
     theirs = results.read(folder)
+    if other := difference(theirs["data"], run.results["data"]):
+        raise UserError(f"{where}: its data are others ({other})")
     if theirs["base_hash"] != run.results["base_hash"]:
         of_base = (base_fields(c["config"]) for c in (theirs, run.results))
         changed = differences(*of_base)

@@ -86,6 +86,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
                 found["class_names"],
                 data.train_labels.tobytes(),
                 data.test_labels.tobytes(),
+                found["data"],
             ),
             "version of a package": environment.versions(),
         }
@@ -116,6 +117,7 @@ def _no_results(config: ConfigDict, data: dataset.Dataset) -> dict[str, Any]:
         "class_names": list(data.class_names),
         "class_order": [int(i) for i in data.class_order],
         "image_shape": list(data.image_shape),
+        "data": dataset.facts(data),
         "steps": [],
         "summary": results.summary([]),
     }
