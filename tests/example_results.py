@@ -73,7 +73,7 @@ def make_results(
         "schema": results.SCHEMA,
         "name": name,
         "status": "done" if done == steps else "running",
-        "config": {"seed": seed, "phase.base.epochs": 2},
+        "config": {"seed": seed, "phase.base.epochs": 2, "method": name},
         "config_hash": f"hash{seed}",
         "base_hash": "base",
         "class_names": [f"class {i}" for i in range(total)],

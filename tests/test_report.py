@@ -80,10 +80,42 @@ def test_a_running_experiment_is_not_averaged_with_finished_ones() -> None:
     assert "(seed 2, unfinished)" in lines[3]
 
 
-def test_runs_of_one_name_and_other_classes_are_refused() -> None:
+def test_other_experiments_of_one_name_are_other_rows() -> None:
+    """Named by what tells them apart; the seed and how it was computed do not."""
+    runs = [make_results(seed=seed) for seed in (0, 1, 0, 1, 2)]
+    runs[0]["config"] |= {"memory.per_class": 0, "parallel": "pmap"}
+    runs[1]["config"] |= {"memory.per_class": 0, "data.data_dir": "/elsewhere"}
+    runs[2]["config"] |= {"memory.per_class": 5, "optim.momentum": 0.5}
+    runs[3]["config"] |= {"memory.per_class": 5}
+    runs[4]["config"] |= {"memory.per_class": 5, "optim.momentum": 0.9}  # the default
+    name = runs[0]["name"]
+    assert [(n, len(g)) for n, g in tables.groups(runs).items()] == [
+        (f"{name} (memory.per_class=0, optim.momentum=0.9)", 2),
+        (f"{name} (memory.per_class=5, optim.momentum=0.5)", 1),
+        (f"{name} (memory.per_class=5, optim.momentum=0.9)", 2),
+    ]
+
+
+def test_a_run_given_twice_counts_once() -> None:
+    runs = [make_results(seed=0), make_results(seed=0), make_results(seed=1)]
+    ((_, found),) = tables.groups(runs).items()
+    assert [run["config"]["seed"] for run in found] == [0, 1]
+    assert " 0,1 " in tables.comparison(runs)
+
+
+def test_runs_of_other_classes_or_data_are_other_rows() -> None:
     runs = [make_results(seed=1), make_results(seed=2, increment=1, steps=4)]
-    with pytest.raises(UserError, match="different names"):
-        tables.comparison(runs)
+    runs.append(make_results(seed=3))
+    runs[2]["data"] = {"training": {"images": 3, "digest": "x"}}
+    name = runs[0]["name"]
+    assert list(tables.groups(runs)) == [name, f"{name} #2", f"{name} #3"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_group_may_have_the_nearest_mean_in_part(tmp_path) -> None:
+    runs = [make_results(seed=seed, memory=seed > 0) for seed in (0, 1)]
+    plots.accuracy_curves(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_markdown() -> None:

@@ -41,6 +41,27 @@ def config_hash(config: ConfigDict) -> str:
     return digest({n: v for n, v in flatten(config).items() if is_hashed(n)})
 
 
+# How a run is computed: no other protocol, though its bits may be others.
+HOW_NOT_WHAT = ("deterministic", "parallel", "updates_per_call")
+
+
+def protocol(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run does, of a flattened configuration, whatever its seed.
+
+    Without fields at their default, so that a run of before there was a field is as
+    one with it.
+    """
+    found = {}
+    for name, value in flat.items():
+        field = fields.find(name)
+        default = None if field is None else field.default
+        default = list(default) if type(default) is tuple else default
+        if name != "seed" and name not in HOW_NOT_WHAT and is_hashed(name):
+            if field is None or isinstance(default, dict) or value != default:
+                found[name] = value
+    return found
+
+
 def is_hashed(name: str) -> bool:
     """Whether a field, by its dotted name, can change the results."""
     field = fields.find(name)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bsce_jax.errors import UserError
-from bsce_jax.report import tables
 from bsce_jax.report.run_facts import facts
 
 if TYPE_CHECKING:
@@ -222,9 +221,6 @@ def labelled(section: Section, columns: Sequence["Column"]) -> list[Results]:
 
     Of rows that share a run the last one names it: the first repeats a number of the
     literature.
-
-    Raises:
-      UserError: seeds of a cell differ in their classes.
     """
     labels = [row.label for row in section.table.rows]
     named: dict[str, Results] = {}
@@ -235,7 +231,6 @@ def labelled(section: Section, columns: Sequence["Column"]) -> list[Results]:
             for run in section.cells[row.key, column.key].runs:
                 if run.results is not None and run.done and run.results["steps"]:
                     named[run.workdir] = {**run.results, "name": name}
-    tables.groups(list(named.values()))  # refuses what cannot be drawn together
     return list(named.values())
 
 

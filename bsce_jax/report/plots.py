@@ -94,10 +94,11 @@ def _curves(
     axes: Axes, finished: Mapping[str, list[Results]], name: str, average: str
 ) -> None:
     """One line a name, of the runs that have the accuracy."""
-    for index, (label, group) in enumerate(finished.items()):
-        averages = [results["summary"][average] for results in group]
-        if None in averages:
+    for index, (label, every) in enumerate(finished.items()):
+        group = [run for run in every if run["summary"][average] is not None]
+        if not group:
             continue
+        averages = [results["summary"][average] for results in group]
         classes = tables.classes_seen(group[0])
         values = [
             [record["result"][name] for record in results["steps"]] for results in group

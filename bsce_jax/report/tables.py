@@ -4,11 +4,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bsce_jax.errors import UserError
+from bsce_jax.config import fields
+from bsce_jax.config.hashes import digest, protocol
 from bsce_jax.report.run_facts import own_values
 
 Results = Mapping[str, Any]
 
+_SHOWN = 3  # fields that tell runs of one name apart
 _SUMMARY = {
     "average_incremental_top1": "avg. top-1",
     "average_incremental_top5": "avg. top-5",
@@ -79,7 +81,7 @@ def step_table(results: Results, markdown: bool = False) -> str:
 
 
 def comparison(runs: Sequence[Results], markdown: bool = False) -> str:
-    """One row for all finished runs of one name: mean and deviation over the seeds.
+    """One row for all finished runs of one protocol: mean and deviation over seeds.
 
     Accuracies in percent. The deviation is the sample standard deviation, where there
     are at least two runs. Steps are the incremental ones. A run that is not finished
@@ -99,25 +101,53 @@ def comparison(runs: Sequence[Results], markdown: bool = False) -> str:
 def groups(runs: Sequence[Results]) -> dict[str, list[Results]]:
     """Runs that differ only in the seed, by name, in the order given.
 
-    A run that is not finished stands alone, since an average over fewer steps cannot
-    be compared.
-
-    Raises:
-      UserError: runs of one name differ in their numbers of classes.
+    They have the same protocol and data; a run that is given twice counts once. Of
+    others with the same name, the name says what tells them apart. A run that is not
+    finished stands alone, since an average over fewer steps cannot be compared.
     """
-    grouped: dict[str, list[Results]] = {}
+    grouped: dict[Any, list[Results]] = {}
     for results in runs:
-        label = results["name"]
-        if results["status"] != "done":
-            label += f" (seed {seed(results)}, unfinished)"
-        group = grouped.setdefault(label, [])
-        group.append(results)
-        if classes_seen(group[0]) != classes_seen(results):
-            raise UserError(
-                f"runs named {label!r} see {classes_seen(group[0])} and "
-                f"{classes_seen(results)} classes: give them different names"
-            )
-    return grouped
+        done = results["status"] == "done"
+        key = (
+            digest([protocol(results["config"]), results["data"]]),
+            tuple(classes_seen(results)),
+            None if done else seed(results),
+        )
+        group = grouped.setdefault(key, [])
+        if seed(results) not in map(seed, group):
+            group.append(results)
+    return dict(zip(_labels(list(grouped.values())), grouped.values(), strict=True))
+
+
+def _labels(grouped: Sequence[Sequence[Results]]) -> list[str]:
+    """A name for each group, no two the same."""
+    firsts = [group[0] for group in grouped]
+    labels: list[str] = []
+    for first in firsts:
+        namesakes = [other for other in firsts if other["name"] == first["name"]]
+        facts = _apart(first, namesakes)
+        if first["status"] != "done":
+            facts = [*facts, f"seed {seed(first)}", "unfinished"]
+        label = f"{first['name']} ({', '.join(facts)})" if facts else first["name"]
+        labels.append(label if label not in labels else f"{label} #{len(labels) + 1}")
+    return labels
+
+
+def _apart(results: Results, others: Sequence[Results]) -> list[str]:
+    """The fields, with their values, in which runs of the same name differ."""
+    protocols = [protocol(other["config"]) for other in others]
+    names = sorted({name for found in protocols for name in found})
+    differing = [n for n in names if len({repr(p.get(n)) for p in protocols}) > 1]
+    shown = [f"{name}={_value(results, name)}" for name in differing[:_SHOWN]]
+    more = len(differing) - _SHOWN
+    return [*shown, f"{more} more"] if more > 0 else shown
+
+
+def _value(results: Results, name: str) -> str:
+    field = fields.find(name)
+    default = "absent" if field is None else field.default
+    value = results["config"].get(name, default)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def classes_seen(results: Results) -> list[int]:

@@ -7,15 +7,13 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
-from bsce_jax.config.hashes import is_hashed
+from bsce_jax.config.hashes import HOW_NOT_WHAT, is_hashed
 from bsce_jax.errors import UserError
 from bsce_jax.hosts.stop import StopSignal
 from bsce_jax.reproduce import manifest, runner, tables
 from bsce_jax.reproduce.process import absolute
 
 PAGE_SECONDS = 300.0  # least time between two versions of the report
-# Fields of how a run is computed, which do not make it another protocol.
-HOW_NOT_WHAT = ("deterministic", "parallel", "updates_per_call")
 # Fields that the runner sets itself, and what to give in their place.
 OWN_FIELDS = {
     "seed": "--seeds",
