@@ -2,6 +2,8 @@
 
 from typing import Any
 
+_SHOWN = 200  # characters of a value
+
 
 class UserError(ValueError):
     """Bad input: the message names the field, its value and what is allowed."""
@@ -9,5 +11,7 @@ class UserError(ValueError):
 
 def field_error(name: str, value: Any, allowed: str) -> UserError:
     """The error of a configuration field, given by its dotted name."""
-    shown = value.to_dict() if hasattr(value, "to_dict") else value
-    return UserError(f"config.{name}={shown!r}: expected {allowed}")
+    shown = repr(value.to_dict() if hasattr(value, "to_dict") else value)
+    if len(shown) > _SHOWN:
+        shown = f"{shown[: _SHOWN - 3]}..."
+    return UserError(f"config.{name}={shown}: expected {allowed}")

@@ -48,7 +48,7 @@ def class_order(num_classes: int, order: ClassOrder = "seed1993") -> NDArray[np.
     seed = re.fullmatch(r"seed(\d+)", order)
     if seed is None or int(seed[1]) >= 2**32:
         raise UserError(
-            f"order={order!r}: must be 'seed<N>' with N below 2**32, 'icarl', "
+            f"class_order={order!r}: must be 'seed<N>' with N below 2**32, 'icarl', "
             "'natural' or the classes themselves"
         )
     return np.random.RandomState(int(seed[1])).permutation(num_classes).astype(np.int64)
@@ -129,9 +129,9 @@ def label_positions(
     """
     labels = np.asarray(order, np.int64)
     if labels.size and not 0 <= labels.min() <= labels.max() < num_source_classes:
-        raise UserError(f"order: a class is outside [0, {num_source_classes})")
+        raise UserError(f"class_order: a class is outside [0, {num_source_classes})")
     if len(np.unique(labels)) != len(labels):
-        raise UserError("order: a class occurs twice")
+        raise UserError("class_order: a class occurs twice")
     positions = np.full(num_source_classes, -1, np.int32)
     positions[labels] = np.arange(len(labels))
     return positions
@@ -147,7 +147,7 @@ def _permutation(
         and classes.ndim == 1
     ):
         raise UserError(
-            f"order: {classes.size} classes given; must be each class from 0 to "
+            f"class_order: {classes.size} classes given; must be each class from 0 to "
             f"{num_classes - 1} once"
         )
     return classes.astype(np.int64)
@@ -155,7 +155,7 @@ def _permutation(
 
 def _icarl_order(num_classes: int) -> NDArray[np.int64]:
     if num_classes != 100:
-        raise UserError(f"order='icarl': is for 100 classes, not {num_classes}")
+        raise UserError(f"class_order='icarl': is for 100 classes, not {num_classes}")
     # iCaRL's loader shuffled the 500 images of each of the 100 classes with the same
     # generator before the classes were shuffled.
     generator = np.random.RandomState(1993)

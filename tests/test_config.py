@@ -70,7 +70,7 @@ def test_the_example_is_allowed():
 @pytest.mark.parametrize("name", names(lambda field: field.choices))
 def test_choices(name):
     message = refusal(changed(name, "other\nthing"))
-    allowed = ", ".join(VALUES[name].choices)
+    allowed = ", ".join(choice or "''" for choice in VALUES[name].choices)
     assert message == f"config.{name}='other\\nthing': expected one of {allowed}"
 
 
@@ -88,7 +88,7 @@ def test_bounds(name):
     ):
         if bound is not None:
             whole = type(field.default) is int
-            beyond = bound + sign if whole else float(bound) + sign * 1e-13
+            beyond = bound + sign * (1 if whole else max(1e-13, 1e-9 * abs(bound)))
             message = refusal(changed(name, beyond))
             assert message == f"config.{name}={beyond!r}: expected {word} {bound}"
 
@@ -202,12 +202,13 @@ def test_mistakes_in_terms(name, value, message):
 
 @pytest.mark.parametrize(
     "weight",
-    ["half", "", None, True, (1,), [1], {"a": 1}, math.nan, "nan", math.inf, "-inf"],
+    ["half", "", None, True, (1,), [1], {"a": 1}, math.nan, "nan", math.inf, "-inf"]
+    + [-1, "-0.5", 10**40, 1e-50],
 )
 def test_a_weight_is_a_finite_number_or_a_name(weight):
     assert refusal(changed("terms.kd.weight", weight)) == (
-        f"config.terms.kd.weight={weight!r}: expected a number or "
-        "rho, 1-rho, sqrt(old/new), sqrt(seen/new), new/old, old/new"
+        f"config.terms.kd.weight={weight!r}: expected a number of at "
+        "least 0, or rho, 1-rho, sqrt(old/new), sqrt(seen/new), new/old, old/new"
     )
 
 
@@ -229,10 +230,10 @@ def test_weights_of_terms():
         assert weight(given, factor="3") == 6.0
 
 
-@pytest.mark.parametrize("factor", ["half", None, True, math.nan, "inf"])
+@pytest.mark.parametrize("factor", ["half", None, True, math.nan, "inf", -1.0])
 def test_a_factor_is_a_finite_number(factor):
     assert refusal(changed("terms.kd.factor", factor)) == (
-        f"config.terms.kd.factor={factor!r}: expected a number"
+        f"config.terms.kd.factor={factor!r}: expected a number of at least 0"
     )
 
 

@@ -86,10 +86,9 @@ def test_every_argument_of_a_file_is_a_field(name):
         value = 0.5 if default is None else default
         value += "x" if isinstance(default, str) else 1
         value = "meta" if argument == "prior" else value
-        before, after = (
-            flatten(get(module, "")),
-            flatten(get(module, f"{argument}={value}")),
-        )
+        prior = {"alpha": "prior=weighted", "epsilon": "prior=relaxed"}.get(argument)
+        given = ",".join(filter(None, [prior, f"{argument}={value}"]))
+        before, after = flatten(get(module, prior or "")), flatten(get(module, given))
         differing = {k for k in before if before[k] != after[k]}
         assert len(differing) == 1 and after[differing.pop()] == value, argument
 

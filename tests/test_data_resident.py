@@ -52,14 +52,14 @@ def test_images_are_averaged_down(tmp_path: pathlib.Path) -> None:
 def test_images_of_any_size_can_be_brought_to_one(tmp_path: pathlib.Path) -> None:
     images = [np.full((6, 9, 1), 10, np.uint8), np.full((5, 5, 1), 200, np.uint8)]
     datasets.write(tmp_path, "small", {"train": (images, [0, 1])})
-    with pytest.raises(UserError, match="differ in size .*set image_size"):
+    with pytest.raises(UserError, match="differ in size .*set config.data.image_size"):
         resident.load("small", "train", str(tmp_path))
     found = resident.load("small", "train", str(tmp_path), image_size=5)
     assert found.images.shape == (2, 5, 5, 1)
     expected = np.array([10, 200])[found.labels]
     np.testing.assert_array_equal(found.images[:, 0, 0, 0], expected)
     for size in (-1, 6):
-        with pytest.raises(UserError, match=f"image_size: {size} is not allowed"):
+        with pytest.raises(UserError, match=f"config.data.image_size={size}: expected"):
             resident.load("small", "train", str(tmp_path), image_size=size)
 
 

@@ -62,12 +62,12 @@ def test_a_cell_that_only_wants_its_data_set_has_its_command(small, tmp_path, ca
     given = ["--table", "4", "--rows", "il_baseline", "--file", f"cifar100={small}"]
     assert reproduce.main([*given, "--dry_run", elsewhere]) == 0
     first, *commands = capsys.readouterr().out.splitlines()
-    assert first.startswith("table4 il_baseline memory-1 and 4 more: data set")
+    assert first.startswith("table4 il_baseline memory-1 and 4 more: config.data.name")
     assert len(commands) == 5
     assert all(line.startswith("no data set yet: python -m") for line in commands)
     assert reproduce.main([*given, elsewhere]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("bsce_jax: nothing can be run: data set")
+    assert line.startswith("bsce_jax: nothing can be run: config.data.name")
 
 
 def test_cells_of_one_configuration_share_their_job(small):

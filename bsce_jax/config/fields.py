@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from bsce_jax.config import sections
-from bsce_jax.config.declare import Field, finite, kind, same_type
+from bsce_jax.config.declare import Field, refusal
 from bsce_jax.errors import UserError
 
 RUN = {
@@ -37,13 +37,17 @@ RUN = {
         choices=("none", "balanced", "weighted", "meta", "relaxed"),
     ),
     "alpha": Field(
-        1.0, "weighted: factor of the old classes' counts (Eq. 5).", least=1e-12
+        1.0,
+        "weighted: factor of the old classes' counts (Eq. 5).",
+        least=1e-12,
+        most=1e12,
     ),
     "epsilon": Field(
         None,
         "relaxed: weight of every old class (Eq. 6); where none is given, the "
         "paper's, 0.2 percent. 0 without a memory only.",
         least=0,
+        most=1e12,
     ),
     "epsilon_unit": Field(
         "count",
@@ -62,10 +66,14 @@ RUN = {
         "Divides the epochs and milestones of every phase, rounded down but not below "
         "1: the same protocol in less time; 1 = whole.",
         least=1,
+        most=100_000,
         base=True,
     ),
     "init_from": Field(
-        "", "Workdir of another run whose base step is taken over.", hashed=False
+        "",
+        "Workdir of another run whose base step is taken over.",
+        hashed=False,
+        longest=4000,
     ),
     "parallel": Field(
         "jit", "jit (over a mesh of all devices) or pmap.", choices=("jit", "pmap")
@@ -74,6 +82,7 @@ RUN = {
         0,
         "Updates in one compiled call; 0 = 1 on CPU and with streamed images, else 50.",
         least=0,
+        most=10_000,
     ),
     "matmul_precision": Field(
         "default",
@@ -89,6 +98,7 @@ RUN = {
         10.0,
         "Interval of log lines where there is no terminal.",
         least=0,
+        most=1e6,
         hashed=False,
     ),
     "compile_cache": Field(
@@ -130,8 +140,10 @@ PHASE = {
         "takes its place.",
         choices=("any", "none"),
     ),
-    "epochs": Field(0, "Passes over its images; 0: the phase does not exist.", least=0),
-    "learning_rate": Field(0.1, "In the first epoch.", least=0),
+    "epochs": Field(
+        0, "Passes over its images; 0: the phase does not exist.", least=0, most=100_000
+    ),
+    "learning_rate": Field(0.1, "In the first epoch.", least=0, most=1e4),
     "schedule": Field(
         "step",
         "step (milestones), or cosine (to 0, one epoch behind, as PODNet's authors "
@@ -158,6 +170,7 @@ PHASE = {
         "images (SS-IL); an epoch is then a pass over the new images. 0: exemplars are "
         "images like the others.",
         least=0,
+        most=2**17,
     ),
     "beside": Field(
         "",
@@ -167,7 +180,10 @@ PHASE = {
         choices=("", "memory", "companions"),
     ),
     "beside_size": Field(
-        0, "See beside: images a batch, or with each image; 0 = none.", least=0
+        0,
+        "See beside: images a batch, or with each image; 0 = none.",
+        least=0,
+        most=2**17,
     ),
     "terms": Field(
         {},
@@ -180,16 +196,19 @@ PHASE = {
         "Factor of the learning rate of the network's other parameters; 0 = frozen, "
         "here and below.",
         least=0,
+        most=1e6,
     ),
     "rate.kernel_scales": Field(
-        1.0, "Likewise, the kernels' factors (model.kernel_scales).", least=0
+        1.0, "Likewise, the kernels' factors (model.kernel_scales).", least=0, most=1e6
     ),
-    "rate.batch_norms": Field(1.0, "Likewise, BatchNorm's parameters.", least=0),
-    "rate.head": Field(1.0, "Likewise, the head's rows.", least=0),
-    "rate.scale": Field(1.0, "Likewise, the head's learned scale.", least=0),
-    "rate.auxiliary": Field(1.0, "Likewise, the auxiliary branch.", least=0),
+    "rate.batch_norms": Field(
+        1.0, "Likewise, BatchNorm's parameters.", least=0, most=1e6
+    ),
+    "rate.head": Field(1.0, "Likewise, the head's rows.", least=0, most=1e6),
+    "rate.scale": Field(1.0, "Likewise, the head's learned scale.", least=0, most=1e6),
+    "rate.auxiliary": Field(1.0, "Likewise, the auxiliary branch.", least=0, most=1e6),
     "rate.own": Field(
-        1.0, "Likewise, what a method trains besides the network.", least=0
+        1.0, "Likewise, what a method trains besides the network.", least=0, most=1e6
     ),
     "rows": Field(
         "seen",
@@ -306,11 +325,8 @@ def _set(section: ConfigDict, name: str, value: Any, prefix: str) -> None:
         names = ", ".join(section)
         raise UserError(f"phase({prefix}{name}=...) is unknown; known: {names}")
     want = PHASE[prefix + name].default
-    if not (same_type(value, want) and finite(value)):
-        raise UserError(
-            f"phase({prefix}{name}={value!r}): expected a finite value of type "
-            f"{kind(want)}"
-        )
+    if wrong := refusal(value, want):
+        raise UserError(f"phase({prefix}{name}={value!r}): expected {wrong}")
     section[name] = value
 
 

@@ -1,7 +1,9 @@
 """What configuration files in configs/ are written with."""
 
+import importlib.machinery
 import importlib.util
 import pathlib
+import traceback
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -10,6 +12,56 @@ from ml_collections import ConfigDict
 
 from bsce_jax.config import options
 from bsce_jax.errors import UserError
+
+PACKAGE = pathlib.Path(__file__).resolve().parents[2]  # what holds bsce_jax
+
+
+def load(given: str) -> ConfigDict:
+    """The configuration of FILE[:ARGUMENTS].
+
+    Raises:
+      UserError: there is no such file, or it gives no configuration.
+    """
+    name, _, argument = given.partition(":")
+    path = pathlib.Path(name).expanduser()
+    try:
+        if not path.is_file():
+            raise UserError(f"--config={name}: there is no such file")
+        module = _module("config_file", path)
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UserError(f"--config={name}: expected a function get_config in it")
+        found = get_config(argument) if argument else get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever somebody's own file may raise
+        raise UserError(f"--config={name} fails: {_reason(error, path)}") from error
+    if not isinstance(found, ConfigDict):
+        kind = type(found).__name__
+        raise UserError(f"--config={name}: get_config gives {kind}, not a ConfigDict")
+    return found
+
+
+def _module(name: str, path: pathlib.Path) -> ModuleType:
+    spec = importlib.util.spec_from_loader(
+        name, importlib.machinery.SourceFileLoader(name, str(path))
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _reason(error: Exception, path: pathlib.Path) -> str:
+    """What an error says, and the line of the file where it came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f.lineno for f in frames if f.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        text, lines = error.msg, [error.lineno]
+    else:
+        text = " ".join(str(error).split())
+    where = f", line {lines[-1]}" if lines and lines[-1] else ""
+    return f"{type(error).__name__}: {text}{where}"
 
 
 def parse_arguments(argument: str | None, allowed: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,9 +76,10 @@ def parse_arguments(argument: str | None, allowed: Mapping[str, Any]) -> dict[st
       Every name of `allowed` with its value.
 
     Raises:
-      UserError: an unknown name, or a value of the wrong type.
+      UserError: an unknown name, one given twice, a value of the wrong type, or one
+        that the prior does not read.
     """
-    values = dict(allowed)
+    values, seen = dict(allowed), set()
     for part in filter(None, (argument or "").split(",")):
         name, equals, text = part.partition("=")
         if not equals or name not in allowed:
@@ -34,6 +87,9 @@ def parse_arguments(argument: str | None, allowed: Mapping[str, Any]) -> dict[st
                 f"config argument {part!r}: expected name=value with name one of "
                 + ", ".join(allowed)
             )
+        if name in seen:
+            raise UserError(f"config argument {part!r}: expected each name once")
+        seen.add(name)
         default = allowed[name]
         kind = float if default is None else type(default)
         try:
@@ -42,6 +98,12 @@ def parse_arguments(argument: str | None, allowed: Mapping[str, Any]) -> dict[st
             raise UserError(
                 f"config argument {part!r}: {name} is {kind.__name__}"
             ) from None
+    for name, prior in READ_BY.items():
+        if name in seen and values.get("prior") != prior:
+            raise UserError(
+                f"config argument '{name}={values[name]:g}': expected prior={prior}, "
+                f"which alone reads {name}, not prior={values.get('prior')}"
+            )
     return values
 
 
@@ -57,6 +119,8 @@ COMMON_ARGUMENTS: dict[str, Any] = {
 }
 
 
+# Arguments that only one prior reads.
+READ_BY = {"alpha": "weighted", "epsilon": "relaxed"}
 _ARGUMENT_FIELDS = {
     "steps": "scenario.steps",
     "base_classes": "scenario.base_classes",
@@ -111,7 +175,7 @@ def large_images(
 
 
 def method_module(config_file: str, method: str) -> ModuleType:
-    """Loads `methods/<method>.py` beside a configuration file.
+    """Loads `methods/<method>.py` beside a configuration file, or that of configs/.
 
     Raises:
       UserError: there is no such file.
@@ -119,12 +183,11 @@ def method_module(config_file: str, method: str) -> ModuleType:
     folder = pathlib.Path(config_file).resolve().parent
     if folder.name != "methods":  # else one of the methods builds on another
         folder /= "methods"
-    path = folder / f"{method}.py"
-    known = sorted(p.stem for p in folder.glob("*.py"))
-    if method not in known:
-        raise UserError(f"method={method!r}: expected one of {', '.join(known)}")
-    spec = importlib.util.spec_from_file_location(f"method_{method}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    folders = [folder]
+    folders += [root / "configs" / "methods" for root in (PACKAGE, pathlib.Path.cwd())]
+    found = {p.stem: p for f in reversed(folders) for p in sorted(f.glob("*.py"))}
+    if method not in found:
+        looked = " or ".join(map(str, dict.fromkeys(folders)))
+        known = ", ".join(sorted(found)) or f"a file in {looked}, where there is none"
+        raise UserError(f"config.method={method!r}: expected one of {known}")
+    return _module(f"method_{method}", found[method])

@@ -1,16 +1,20 @@
 """The command line: --config FILE[:ARGUMENTS], its overrides and a few flags."""
 
+import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from bsce_jax.config import page
+from bsce_jax.config.files import load
+from bsce_jax.config.hashes import flatten
 from bsce_jax.errors import UserError
 
-# Kind, name, default and meaning. Those after the first are for several processes that
-# no SLURM, Open MPI or Cloud TPU pod has started.
+# Kind, name, default and meaning. Those after the first are for several
+# processes that no SLURM, Open MPI or Cloud TPU pod has started.
 FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("string", "workdir", "", "Folder of the run; all hosts must see it."),
     ("string", "coordinator_address", "", "host:port of process 0."),
@@ -20,13 +24,17 @@ FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("float", "join_timeout", 100.0, "Seconds to wait for all to start."),
 )
 _HELP = ("-h", "-help", "--help", "-helpfull", "--helpfull")
+_PREFIX = "config."
 _USAGE = """\
 usage: python -m bsce_jax.main --config FILE[:NAME=VALUE,...] [--FLAG=VALUE ...]
                                [--config.FIELD=VALUE ...]
 
 For example: python -m bsce_jax.main --config configs/digits.py:prior=meta \\
                  --config.phase.incremental.epochs=10 --workdir runs/digits
-The arguments NAME=VALUE of a configuration file are explained in it.
+
+The arguments NAME=VALUE of a configuration file are explained in it; those of configs/
+are method, prior, steps, memory, seed, alpha, epsilon and what a file has besides.
+Fields are described below and in docs/configuration.md.
 """
 
 
@@ -46,35 +54,123 @@ def parse(argv: Sequence[str]) -> Any:
     """
     if any(argument in _HELP for argument in argv[1:]):
         raise HelpRequested(help_text())
+    given, others = _config_of(argv[1:])
+    if not given:
+        raise UserError("--config is missing: try --config configs/digits.py")
+    config = load(given)
+    for argument in others:
+        if argument.startswith(f"--{_PREFIX}"):
+            _check_override(config, argument)
     values = flags.FlagValues()
     try:
-        config_flags.DEFINE_config_file(
-            "config", flag_values=values, sys_argv=list(argv)
+        arguments = [argv[0], *others]
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=arguments
         )
         for kind, name, default, text in FLAGS:
             define = getattr(flags, f"DEFINE_{kind}")
             define(name, default, text, flag_values=values)
-        rest = values(list(argv))[1:]
-        if values.config is not None:
-            values.config.keys()  # a file that failed to load raises only now
-    except (flags.Error, AttributeError, KeyError, OSError, TypeError) as error:
+        rest = values(arguments)[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(_one_line(error)) from None
-    if values.config is None:
-        raise UserError("--config is missing: try --config configs/digits.py")
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: expected --config.field=x")
+    _check(values)
     return values
 
 
+def _config_of(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of --config, the last one given, and all other arguments."""
+    value, others, left = "", [], list(arguments)
+    while left:
+        argument = left.pop(0)
+        name, equals, text = argument.partition("=")
+        if name not in ("--config", "-config"):
+            others.append(argument)
+        elif equals:
+            value = text
+        elif left and not left[0].startswith("--"):
+            value = left.pop(0)
+        else:
+            raise UserError("--config has no value: try --config configs/digits.py")
+    return value, others
+
+
+def _check_override(config: ConfigDict, argument: str) -> None:
+    """Refuses an override of a field that does not exist, or of a whole section.
+
+    Raises:
+      UserError: names the section, what it has, and what is nearest.
+    """
+    name, equals, _ = argument.removeprefix("--").partition("=")
+    if "[" in name:
+        whole = name.partition("[")[0]
+        raise UserError(f"{name}: expected the whole tuple, --{whole}=(..., ...)")
+    *parents, last = name.removeprefix(_PREFIX).split(".")
+    section: Any = config
+    where = "config"
+    for part in (*parents, last):
+        if not isinstance(section, ConfigDict):
+            raise UserError(f"{name} is unknown: {where} is a field, not a section")
+        if part not in section:
+            # A section of free names, such as that of a method without settings.
+            known = ", ".join(section) or "no fields"
+            near = _nearest(config, where, part)
+            raise UserError(
+                f"{name} is an unknown config field: {where} has {known}{near}"
+            )
+        section, where = section[part], f"{where}.{part}"
+    if isinstance(section, ConfigDict):
+        known = ", ".join(f"{where}.{field}" for field in section) or "no fields"
+        raise UserError(f"{name} is a section: expected one of {known}")
+    if not equals and not isinstance(section, bool):
+        raise UserError(f"{name} has no value: expected --{name}=VALUE")
+
+
+def _nearest(config: ConfigDict, where: str, name: str) -> str:
+    """A field that may be meant, of the section or of any other; "" where none is."""
+    known = [f"config.{field}" for field in flatten(config)]
+    known.sort(key=lambda field: not field.startswith("config.phase."))
+    here = [field for field in known if field.startswith(f"{where}.")]
+    for fields in (here, known):
+        last = {field.rpartition(".")[2]: field for field in reversed(fields)}
+        initials = {"".join(word[0] for word in n.split("_")): n for n in last}
+        close = difflib.get_close_matches(name, last, 1, 0.6)
+        meant = close[0] if close else initials.get(name)
+        if meant:
+            return f"; nearest: {last[meant]}"
+    return ""
+
+
+def _check(values: Any) -> None:
+    """Refuses flags that mean nothing.
+
+    Raises:
+      UserError: names the flag, its value and what is allowed.
+    """
+    host, colon, port = values.coordinator_address.rpartition(":")
+    good = host and colon and port.isdecimal() and 0 < int(port) < 2**16
+    expected = {
+        "coordinator_address": (
+            good or not values.coordinator_address,
+            "host:port, with a port from 1 to 65535",
+        ),
+        "num_processes": (values.num_processes >= 0, "at least 1, or 0 for not given"),
+        "process_id": (values.process_id >= -1, "at least 0, or -1 for not given"),
+    }
+    for name in ("peer_timeout", "join_timeout"):
+        seconds = getattr(values, name)
+        fits = math.isfinite(seconds) and 0 < seconds <= 1e6
+        expected[name] = (fits, "seconds above 0, up to 1e6")
+    for name, (holds, allowed) in expected.items():
+        if not holds:
+            raise UserError(f"--{name}={getattr(values, name)}: expected {allowed}")
+
+
 def _one_line(error: Exception) -> str:
-    """The line of a library's message that says what is wrong."""
+    """What a library's message says, in one line."""
     text = str(error.args[0]) if error.args else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if isinstance(error, AttributeError | KeyError):
-        return "unknown config field " + " ".join(lines)
-    if "Error whilst parsing config file" in text:
-        return lines[-1].removeprefix("bsce_jax.errors.UserError: ")
-    return " ".join(lines)
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def help_text() -> str:

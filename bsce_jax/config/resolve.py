@@ -1,16 +1,19 @@
 """Resolves and validates a configuration: one clear line for each mistake."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from bsce_jax import methods
+from bsce_jax import methods, models
 from bsce_jax.config import options, priors, terms
-from bsce_jax.config.declare import finite, kind, same_type
+from bsce_jax.config.declare import kind, refusal, text_refusal
 from bsce_jax.config.fields import FIELDS, PHASE, find
 from bsce_jax.config.hashes import flatten
 from bsce_jax.errors import UserError, field_error
+
+_DATA_NAME = re.compile(r"[A-Za-z_]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
@@ -103,10 +106,8 @@ def _check_fields(given: Mapping[str, Any], expected: Mapping, prefix: str) -> N
         if isinstance(want, dict):
             if want or name == "phase":  # else its names are free
                 _check_fields(value, want, f"{prefix}{name}.")
-        elif not same_type(value, want):
-            raise field_error(prefix + name, value, f"a value of type {kind(want)}")
-        elif not finite(value):
-            raise field_error(prefix + name, value, "finite numbers")
+        elif wrong := refusal(value, want):
+            raise field_error(prefix + name, value, wrong)
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -115,18 +116,28 @@ def _check_value(name: str, value: Any) -> None:
     if field is None or isinstance(field.default, dict) or value is None:
         return
     if field.choices and value not in field.choices:
-        raise field_error(name, value, f"one of {', '.join(field.choices)}")
-    if field.least is not None and value < field.least:
-        raise field_error(name, value, f"at least {field.least}")
-    if field.most is not None and value > field.most:
-        raise field_error(name, value, f"at most {field.most}")
+        names = ", ".join(choice or "''" for choice in field.choices)
+        raise field_error(name, value, f"one of {names}")
+    value = tuple(value) if isinstance(value, list) else value  # as it was flattened
+    bounds = field.least, field.most
+    wrong = refusal(value, field.default, bounds) or text_refusal(value, field.longest)
+    if wrong:
+        raise field_error(name, value, wrong)
 
 
 def _check_together(config: ConfigDict) -> None:
     """Checks that involve several fields."""
     data, meta = config.data, config.meta
-    if len(data.mean) != len(data.std) or not all(s > 0 for s in data.std):
-        raise field_error("data.std", data.std, f"{len(data.mean)} positive numbers")
+    for name in ("mean", "std"):
+        if len(data[name]) not in (1, 3, 4):
+            raise field_error(f"data.{name}", data[name], "1, 3 or 4 numbers")
+    if len(data.mean) != len(data.std):
+        allowed = f"as many numbers as config.data.mean={data.mean!r}"
+        raise field_error("data.std", data.std, allowed)
+    models.check_name(config.model.name, "config.model.name")
+    if not _DATA_NAME.fullmatch(data.name) or ".." in data.name:
+        allowed = "a tfds name such as cifar100, name/config or name:1.2.3"
+        raise field_error("data.name", data.name, allowed)
     _check_streaming(data)
     if meta.minimum > meta.maximum:
         raise field_error("meta.minimum", meta.minimum, f"at most {meta.maximum}")
@@ -140,6 +151,7 @@ def _check_together(config: ConfigDict) -> None:
             )
     methods.check(config)
     options.check(config)
+    _check_sums(config)
 
 
 def _check_phases(config: ConfigDict) -> None:
@@ -155,11 +167,25 @@ def _check_phases(config: ConfigDict) -> None:
         allowed = f"first those of the base step: {', '.join(base)}"
         raise field_error("phases", names, allowed)
     if not any(_exists(sections[name], config.prior) for name in base):
-        allowed = "a phase with steps=base and epochs of at least 1"
-        raise field_error("phases", names, allowed)
+        allowed = "at least 1 in a phase of the base step"
+        for name in base:
+            if not sections[name].epochs:
+                raise field_error(f"phase.{name}.epochs", 0, allowed)
+        raise field_error("phases", names, "a phase of the base step that exists")
     used = terms.names_with_prior(config.terms, config.prior, config.classification)
     for name in names:
         _check_phase(f"phase.{name}", sections[name], used)
+
+
+def _check_sums(config: ConfigDict) -> None:
+    """Every phase that exists trains something."""
+    used = terms.with_prior(config.terms, config.prior, config.classification)
+    names = terms.names_with_prior(config.terms, config.prior, config.classification)
+    for name in config.phases:
+        phase = config.phase[name]
+        if _exists(phase, config.prior):
+            own = terms.phase_with_prior(phase.terms, names)
+            terms.check_sum(terms.of_phase(used, own), phase.steps, name)
 
 
 def _check_phase(name: str, phase: ConfigDict, used: Mapping[str, str]) -> None:

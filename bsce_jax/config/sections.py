@@ -14,6 +14,7 @@ DATA = {
         "",
         "Folder of the data sets; '' = TFDS_DATA_DIR or ~/tensorflow_datasets.",
         hashed=False,
+        longest=4000,
     ),
     "train_split": Field("train", "Split of the training images.", base=True),
     "test_split": Field("test", "Split of the test images.", base=True),
@@ -29,12 +30,14 @@ DATA = {
         "resident: images are shrunk to this size once, 0 = as they are; streaming: "
         "side of the crops.",
         least=0,
+        most=4096,
         base=True,
     ),
     "resize": Field(
         0,
         "streaming, evaluation: shorter side before the centre crop; 0 = none.",
         least=0,
+        most=8192,
         base=True,
     ),
     "random_resized_crop": Field(
@@ -43,7 +46,9 @@ DATA = {
         "evaluation.",
         base=True,
     ),
-    "crop_area": Field((0.08, 1.0), "That part's share of the image.", base=True),
+    "crop_area": Field(
+        (0.08, 1.0), "That part's share of the image.", least=0, most=1, base=True
+    ),
     "corrupt": Field(
         "refuse",
         "streaming, an image that is none: refuse ends the run; skip gives it weight "
@@ -63,6 +68,7 @@ DATA = {
         600.0,
         "streaming: seconds to wait for a batch; 0 = for ever.",
         least=0,
+        most=1e6,
         hashed=False,
     ),
     "max_per_class": Field(
@@ -83,16 +89,30 @@ DATA = {
         base=True,
     ),
     "padding": Field(
-        4, "Zero padding of the random crop, pixels; 0 = no crop.", least=0, base=True
+        4,
+        "Zero padding of the random crop, pixels; 0 = no crop.",
+        least=0,
+        most=1024,
+        base=True,
     ),
     "flip": Field(True, "Random horizontal flip.", base=True),
     "brightness": Field(
         0.0, "Random brightness factor in [1 - b, 1 + b].", least=0, most=1, base=True
     ),
     "mean": Field(
-        (0.5071, 0.4866, 0.4409), "Per channel, of pixels in [0, 1].", base=True
+        (0.5071, 0.4866, 0.4409),
+        "Per channel, of pixels in [0, 1].",
+        least=-1000,
+        most=1000,
+        base=True,
     ),
-    "std": Field((0.2009, 0.1984, 0.2023), "Per channel, as the mean.", base=True),
+    "std": Field(
+        (0.2009, 0.1984, 0.2023),
+        "Per channel, as the mean.",
+        least=1e-3,
+        most=1000,
+        base=True,
+    ),
 }
 
 SCENARIO = {
@@ -104,12 +124,16 @@ SCENARIO = {
     "class_order": Field(
         "seed1993",
         "seed<N> (NumPy shuffle), icarl, natural, or labels separated by commas.",
+        longest=100_000,
     ),
     "base_classes": Field(
-        50, "Classes of the base step; 0 = `steps` equal groups.", least=0
+        50, "Classes of the base step; 0 = `steps` equal groups.", least=0, most=10**6
     ),
     "steps": Field(
-        5, "Incremental steps after the base step (groups, without a base).", least=1
+        5,
+        "Incremental steps after the base step (groups, without a base).",
+        least=1,
+        most=10**6,
     ),
 }
 
@@ -119,7 +143,7 @@ MEMORY = {
         "growing: per_class exemplars of each class; fixed: budget in all.",
         choices=("growing", "fixed", "none"),
     ),
-    "per_class": Field(20, "growing: exemplars of a class.", least=0),
+    "per_class": Field(20, "growing: exemplars of a class.", least=0, most=10**6),
     "budget": Field(2000, "fixed: exemplars of all classes together.", least=0),
     "selection": Field(
         "herding",
@@ -140,6 +164,7 @@ MODEL = {
         0,
         "Channels of the first stage; 0 = as published (16 or 64).",
         least=0,
+        most=8192,
         base=True,
     ),
     "shortcut": Field(
@@ -161,12 +186,15 @@ MODEL = {
         choices=heads.NAMES,
         base=True,
     ),
-    "proxies": Field(10, "local_similarity: proxies of a class.", least=1, base=True),
+    "proxies": Field(
+        10, "local_similarity: proxies of a class.", least=1, most=1000, base=True
+    ),
     "auxiliary": Field(
         0,
         "Outputs of an auxiliary branch on the last map, which only training uses "
         "(SPB-I's tells four rotations); 0 = none.",
         least=0,
+        most=1000,
         base=True,
     ),
     "kernel_scales": Field(
@@ -185,15 +213,22 @@ MODEL = {
         0,
         "Batch chunks of a convolution (CPU speed); 0 = automatic.",
         least=0,
+        most=1024,
         base=True,
     ),
 }
 
 OPTIM = {
-    "batch_size": Field(128, "Images of all devices together.", least=1, base=True),
+    "batch_size": Field(
+        128, "Images of all devices together.", least=1, most=2**17, base=True
+    ),
     "momentum": Field(0.9, "Momentum of SGD.", least=0, most=1, base=True),
     "weight_decay": Field(
-        2e-4, "Coupled (L2), on every parameter that trains.", least=0, base=True
+        2e-4,
+        "Coupled (L2), on every parameter that trains.",
+        least=0,
+        most=1e3,
+        base=True,
     ),
     "weight_decay_by_step": Field(
         "constant",
@@ -214,10 +249,15 @@ OPTIM = {
         "Noise on the gradient (EEIL): in epoch e, counted from 1, its standard "
         "deviation is noise / (1 + e)^0.55 over the images of a batch; 0 = none.",
         least=0,
+        most=1e6,
         base=True,
     ),
     "noise_epochs": Field(
-        1, "Passes that count as one epoch of the noise.", least=1, base=True
+        1,
+        "Passes that count as one epoch of the noise.",
+        least=1,
+        most=100_000,
+        base=True,
     ),
     "clip": Field(
         0.0,
@@ -228,33 +268,39 @@ OPTIM = {
 }
 
 META = {
-    "every": Field(10, "Updates from one update of alpha to the next.", least=1),
+    "every": Field(
+        10, "Updates from one update of alpha to the next.", least=1, most=1_000_000
+    ),
     "fraction": Field(
         0.1,
         "Of a class's exemplars, held out in B_t (at least one).",
         least=0,
         most=0.5,
     ),
-    "batch_size": Field(128, "Images of a batch of B_t.", least=1),
+    "batch_size": Field(128, "Images of a batch of B_t.", least=1, most=2**17),
     "inner_learning_rate": Field(
-        0.0, "One-step inner SGD; 0 = the current learning rate.", least=0
+        0.0, "One-step inner SGD; 0 = the current learning rate.", least=0, most=1e4
     ),
     "optimizer": Field("sgd", "Optimiser of alpha.", choices=("sgd", "adam")),
-    "learning_rate": Field(1.0, "Of alpha.", least=0),
+    "learning_rate": Field(1.0, "Of alpha.", least=0, most=1e6),
     "variable": Field(
         "alpha",
         "What that optimiser moves; with log_alpha its steps are factors.",
         choices=("alpha", "log_alpha"),
     ),
-    "minimum": Field(1e-3, "alpha stays in [minimum, maximum].", least=1e-12),
-    "maximum": Field(10.0, "See minimum.", least=1e-12),
+    "minimum": Field(
+        1e-3, "alpha stays in [minimum, maximum].", least=1e-12, most=1e12
+    ),
+    "maximum": Field(10.0, "See minimum.", least=1e-12, most=1e12),
     "batch_norm": Field(
         "train", "Statistics of the pass over B_t.", choices=("train", "eval")
     ),
 }
 
 EVALUATION = {
-    "batch_size": Field(500, "Images a call, in evaluation and herding.", least=1),
+    "batch_size": Field(
+        500, "Images a call, in evaluation and herding.", least=1, most=2**17
+    ),
     "nearest_mean": Field(
         True, "With a memory, also the accuracy of the nearest mean of exemplars."
     ),
@@ -266,6 +312,7 @@ CHECKPOINT = {
         "From one checkpoint to the next inside a step; the end of a step always "
         "saves.",
         least=0,
+        most=1e6,
         hashed=False,
     ),
     "keep": Field(

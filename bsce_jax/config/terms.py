@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from bsce_jax import losses
 from bsce_jax.config import options as settings
+from bsce_jax.config.declare import refusal
 from bsce_jax.errors import UserError, field_error
 
 # Named weights, as functions of the numbers of old and seen classes.
@@ -76,16 +77,17 @@ def _weight(field: str, given: str | float, old: int, seen: int) -> float:
     if isinstance(given, str) and given in WEIGHTS:
         return float(WEIGHTS[given](old, seen))
     number = _number(given)
-    if not math.isfinite(number):
-        raise field_error(field, given, f"a number or {', '.join(WEIGHTS)}")
+    if refusal(number, 0.0, (0, None)):
+        names = ", ".join(WEIGHTS)
+        raise field_error(field, given, f"a number of at least 0, or {names}")
     return number
 
 
 def _factor(name: str, term: Mapping[str, Any]) -> float:
     given = term.get("factor", 1.0)
     number = _number(given)
-    if not math.isfinite(number):
-        raise field_error(f"terms.{name}.factor", given, "a number")
+    if refusal(number, 0.0, (0, None)):
+        raise field_error(f"terms.{name}.factor", given, "a number of at least 0")
     return number
 
 
@@ -93,7 +95,7 @@ def _number(given: Any) -> float:
     """A number, also as text from the command line; NaN where it is none."""
     try:
         return math.nan if isinstance(given, bool) else float(given)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
@@ -180,6 +182,27 @@ def check(terms: Any) -> None:
         _check_options(name, options(term))
 
 
+def check_sum(terms: ConfigDict, steps: str, phase: str) -> None:
+    """Refuses a phase that trains nothing because all its weights are 0.
+
+    Args:
+      terms: of the phase, see `of_phase`.
+      steps: of the phase, "base" or "later".
+      phase: its name.
+
+    Raises:
+      UserError: names the phase.
+    """
+    old, seen = (0, 1) if steps == "base" else (1, 2)
+    used = [n for n in terms if steps != "base" or in_base_step(n)]
+    if not any(weight(name, terms[name], old, seen) for name in used):
+        names = ", ".join(f"config.terms.{name}.weight" for name in used) or "none"
+        raise UserError(
+            f"config.phase.{phase}: all weights of its terms are 0: expected one above "
+            f"0 of {names}, times its factor"
+        )
+
+
 def _check_options(name: str, given: Mapping[str, Any]) -> None:
     """Compares a term's options with the keyword arguments of its function."""
     known = {
@@ -191,7 +214,8 @@ def _check_options(name: str, given: Mapping[str, Any]) -> None:
         if option not in known:
             names = ", ".join([*_NOT_OPTIONS, *known])
             raise UserError(f"config.terms.{name}.{option} is unknown; known: {names}")
-        settings.check_value(f"terms.{name}.{option}", value, known[option])
+        limits = settings.limits(module(name), option)
+        settings.check_value(f"terms.{name}.{option}", value, known[option], limits)
 
 
 def check_phase(field: str, given: Mapping[str, Any], names: Mapping[str, str]) -> None:

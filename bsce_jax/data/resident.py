@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bsce_jax.data import source
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, field_error
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's name of a number of channels
 # Pillow decodes without the interpreter lock, but around a very small image threads
@@ -45,7 +45,7 @@ def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arra
         uint8 or differ in size, or image_size is negative or larger than they are.
     """
     if image_size < 0:
-        raise UserError(f"image_size: {image_size} is not allowed, 0 or more is")
+        raise field_error("data.image_size", image_size, "0 or more")
     pairs, info = source.open_encoded(name, split, data_dir)
     if not pairs:
         raise UserError(f"split {split!r} of {name} is empty")
@@ -74,7 +74,7 @@ def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arra
             if image.shape != first.shape:
                 raise UserError(
                     f"images of {name} differ in size ({first.shape[:2]} and "
-                    f"{image.shape[:2]}): set image_size"
+                    f"{image.shape[:2]}): set config.data.image_size"
                 )
             images[row], labels[row] = image, pair[1]
         digests[rows.start] = read_bytes.digest()
@@ -130,9 +130,11 @@ def _decode(encoded: bytes, mode: str, image_size: int) -> np.ndarray:
         image = image.convert(mode)
     if image_size and image.size != (image_size, image_size):
         if image_size > min(image.size):
-            raise UserError(
-                f"image_size: {image_size} is not allowed for images of "
-                f"{image.height}x{image.width}, which are never enlarged"
+            raise field_error(
+                "data.image_size",
+                image_size,
+                f"no more than images of {image.height}x{image.width} have, which are "
+                "never enlarged",
             )
         image = image.resize((image_size, image_size), Image.Resampling.BOX)
     pixels = np.asarray(image)

@@ -66,13 +66,26 @@ def open_encoded(
     return records.open_encoded(info, split), info
 
 
-def _check_split(info: tfds.core.DatasetInfo, name: str, split: str) -> None:
+def split_error(name: str, split: str, data_dir: str = "") -> str:
+    """What is expected in the place of a split; "" where it exists.
+
+    Raises:
+      UserError: no such data set.
+    """
+    return _split_error(_builder(name, data_dir).info, name, split)
+
+
+def _split_error(info: tfds.core.DatasetInfo, name: str, split: str) -> str:
     try:
-        info.splits[split]
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"split {split!r} of {name} does not exist: it has {', '.join(info.splits)}"
-        ) from error
+        images = info.splits[split].num_examples
+    except (KeyError, ValueError, AssertionError, TypeError):
+        return f"a split of {name}, or a part of one: {', '.join(info.splits)}"
+    return "" if images else f"a split of {name} with images"
+
+
+def _check_split(info: tfds.core.DatasetInfo, name: str, split: str) -> None:
+    if wrong := _split_error(info, name, split):
+        raise UserError(f"split {split!r}: expected {wrong}")
 
 
 def class_names(name: str, data_dir: str = "") -> tuple[str, ...]:

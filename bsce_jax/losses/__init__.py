@@ -2,8 +2,10 @@
 
 One family of losses a file. Besides its functions a file may hold ``term(student,
 teacher, batch, context, **options) -> (values, weights)``, which a training step finds
-by the file's name. Where a function has its file's name, the attribute of this package
-is the function; ``importlib.import_module("bsce_jax.losses.nca")`` gives the module.
+by the file's name; ``LIMITS`` has the (least, most) of options that have any, or the
+texts that they may be. Where a function has its file's name, the attribute of this
+package is the function; ``importlib.import_module("bsce_jax.losses.nca")`` gives the
+module.
 """
 
 from bsce_jax.losses.columns_ce import columns_cross_entropy

@@ -13,6 +13,8 @@ from bsce_jax.losses.softmax_ce import label_mask, softmax_cross_entropy
 COLUMNS = ("new", "seen")
 """What the softmax may run over: this step's classes, or all learned so far."""
 
+LIMITS = {"columns": ("new", "seen")}
+
 
 def columns_cross_entropy(
     logits: jax.Array,

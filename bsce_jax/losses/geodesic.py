@@ -24,6 +24,8 @@ _FEWEST = 4  # valid rows
 _SMALLEST_ANGLE = 1e-6
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
+LIMITS = {"size": (1, 64)}
+
 
 def adaptive_average_pool(maps: jax.Array, size: int = 2) -> jax.Array:
     """Means of size x size windows, as PyTorch's `adaptive_avg_pool2d` places them.

@@ -14,6 +14,8 @@ NEEDS_OLD_CLASSES = True
 NEEDS_SIMILARITIES = True
 """The term reads what a cosine or local similarity head gives besides its logits."""
 
+LIMITS = {"k": (1, 1000), "margin": (0, 100)}
+
 
 def margin_ranking(
     cosines: jax.Array,

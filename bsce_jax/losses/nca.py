@@ -15,6 +15,8 @@ NEEDS_SIMILARITIES = True
 CLASSIFICATION = True
 """Another classification loss may take its place: see `config.terms.with_prior`."""
 
+LIMITS = {"margin": (0, 100)}
+
 
 def nca(
     similarities: jax.Array,

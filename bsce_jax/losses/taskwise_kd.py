@@ -13,6 +13,8 @@ NEEDS_OLD_CLASSES = True
 NEEDS_TEACHER = True
 """The term is refused in a phase without a teacher."""
 
+LIMITS = {"temperature": (1e-3, 1e3)}
+
 
 def taskwise_distillation(
     logits: jax.Array,

@@ -36,6 +36,7 @@ On the host, NumPy arrays in and out, once a step:
 And constants:
 
 * ``OPTIONS``: its own settings, name -> default; they are `config.options`.
+* ``LIMITS``: name -> (least, most) of those that have any, None = no bound.
 * ``HEADS``: names of the heads it can work with.
 * ``NEEDS_MEMORY``: whether it is refused without exemplars.
 * ``NEEDS_RESIDENT``: whether it is refused with streamed images.

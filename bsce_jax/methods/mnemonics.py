@@ -24,6 +24,7 @@ from bsce_jax.norms import normalise
 HEADS = ("cosine",)
 NEEDS_MEMORY = NEEDS_RESIDENT = True
 OPTIONS = {"inner_rate": 0.01, "passes": 5, "halves": False}
+LIMITS = {"inner_rate": (0, 1e4), "passes": (1, 1000)}
 
 begin = imprinted
 

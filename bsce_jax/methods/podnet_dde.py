@@ -13,6 +13,7 @@ from bsce_jax.models import heads
 
 HEADS = ("local_similarity",)
 OPTIONS = {"share": 0.5, "momentum": 0.9, "pool": 0}
+LIMITS = {"share": (0, 10), "momentum": (0, 1), "pool": (0, None)}
 
 
 def initial(sizes: Sizes, **options: Any) -> Own:

@@ -13,6 +13,7 @@ from bsce_jax.methods import Own, Sizes, Step
 
 PRIORS = ("none",)
 OPTIONS = {"shrinkage": 1e-4}
+LIMITS = {"shrinkage": (0, 1)}
 
 
 def initial(sizes: Sizes, shrinkage: float) -> Own:

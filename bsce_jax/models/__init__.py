@@ -62,7 +62,7 @@ def create(
     Raises:
       UserError: a name or an option is not one of the allowed ones.
     """
-    family, depth = _parse(name)
+    family, depth = check_name(name)
     _check("shortcut", shortcut, resnet.SHORTCUTS)
     _check("stem", stem, resnet.STEMS)
     _check("head", head, heads.NAMES)
@@ -82,9 +82,17 @@ def create(
     return resnet_cifar.resnet_cifar(depth, num_classes, **options)
 
 
-def _parse(name: str) -> tuple[str, int]:
-    """The family and number of layers that the name of a network says."""
-    match = re.fullmatch(r"(resnet|podnet)([1-9]\d*)", name)
+def check_name(name: str, what: str = "model") -> tuple[str, int]:
+    """The family and number of layers that the name of a network says.
+
+    Args:
+      name: see `create`.
+      what: a message calls it.
+
+    Raises:
+      UserError: there is no such network.
+    """
+    match = re.fullmatch(r"(resnet|podnet)([1-9]\d{0,3})", name)
     family, depth = (match[1], int(match[2])) if match else ("", 0)
     known = {
         "resnet": depth in resnet.STAGES or resnet_cifar.is_depth(depth),
@@ -92,7 +100,7 @@ def _parse(name: str) -> tuple[str, int]:
     }
     if not known.get(family):
         raise UserError(
-            f"model={name!r} is unknown; allowed: resnet18, resnet34, resnet<6n+2> "
+            f"{what}={name!r} is unknown; allowed: resnet18, resnet34, resnet<6n+2> "
             "such as resnet8 or resnet32, podnet18, podnet<6n+2> such as podnet14 or "
             "podnet32"
         )

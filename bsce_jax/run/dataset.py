@@ -1,7 +1,9 @@
 """What a run learns from: images in class order, and the classes of each step."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,9 @@ from ml_collections import ConfigDict
 from bsce_jax import memory, scenario
 from bsce_jax.config import priors
 from bsce_jax.data import resident, source
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, field_error
+
+_SHOWN = 5  # classes named in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +116,10 @@ def load(config: ConfigDict) -> Dataset:
       UserError: the data set is not there, or the scenario does not fit it.
     """
     data = config.data
-    names = source.class_names(data.name, data.data_dir)
+    try:
+        names = source.class_names(data.name, data.data_dir)
+    except UserError as error:
+        raise UserError(f"config.data.name={data.name!r}: {error}") from None
     used = np.arange(len(names))
     if config.scenario.subset != "all":
         used = scenario.imagenet_subset(config.scenario.subset)
@@ -121,20 +128,24 @@ def load(config: ConfigDict) -> Dataset:
                 f"config.scenario.subset={config.scenario.subset!r}: expected all, "
                 f"because {data.name} has {len(names)} classes, not 1000"
             )
-    order = used[class_order(config, len(used))]
-    groups = scenario.class_groups(
-        len(order), config.scenario.base_classes, config.scenario.steps
-    )
+    with _named("scenario"):
+        order = used[class_order(config, len(used))]
+        groups = scenario.class_groups(
+            len(order), config.scenario.base_classes, config.scenario.steps
+        )
     position = scenario.label_positions(order, len(names))
 
-    train = _read(config, data.train_split, position)
+    train = _read(config, "train_split", position)
+    _check_every_class(config, names, order, "train_split", train)
     if data.validation_fraction > 0:
+        _check_can_be_split(config, names, order, train)
         kept, held = resident.hold_out(
             train.labels, data.validation_fraction, config.seed
         )
         train, test = train[kept], train[held]
     else:
-        test = _read(config, data.test_split, position)
+        test = _read(config, "test_split", position)
+        _check_every_class(config, names, order, "test_split", test)
     if data.max_per_class > 0:
         train = train[resident.subset(train.labels, data.max_per_class)]
     dataset = Dataset(
@@ -149,9 +160,59 @@ def load(config: ConfigDict) -> Dataset:
     return dataset
 
 
-def _read(config: ConfigDict, split: str, position: np.ndarray) -> Split:
+@contextlib.contextmanager
+def _named(section: str) -> Iterator[None]:
+    """Gives errors of functions that know no configuration the field's whole name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"config.{section}.{error}") from None
+
+
+def _check_every_class(
+    config: ConfigDict,
+    names: Sequence[str],
+    order: np.ndarray,
+    field: str,
+    split: Split,
+) -> None:
+    """Refuses a split in which a class has no image, before anything is trained.
+
+    Raises:
+      UserError: names the split and classes.
+    """
+    counts = np.bincount(split.labels, minlength=len(order))
+    empty = [names[order[position]] for position in np.flatnonzero(counts == 0)]
+    if empty:
+        shown = ", ".join(repr(name) for name in empty[:_SHOWN])
+        more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+        raise field_error(
+            f"data.{field}",
+            split.name,
+            f"images of every class, but there are none of {shown}{more} in "
+            f"{config.data.name}",
+        )
+
+
+def _check_can_be_split(
+    config: ConfigDict, names: Sequence[str], order: np.ndarray, split: Split
+) -> None:
+    counts = np.bincount(split.labels, minlength=len(order))
+    for position in np.flatnonzero(counts == 1):
+        raise field_error(
+            "data.validation_fraction",
+            config.data.validation_fraction,
+            f"0, or two images or more of class {names[order[position]]!r}, which has "
+            "a single one",
+        )
+
+
+def _read(config: ConfigDict, field: str, position: np.ndarray) -> Split:
     """The images of the classes in use: labels only where they are streamed."""
-    data = config.data
+    data, split = config.data, config.data[field]
+    known = source.split_error(data.name, split, data.data_dir)
+    if known:
+        raise field_error(f"data.{field}", split, known)
     images = None
     if data.loading == "resident":
         images, labels, digest = resident.load(
@@ -176,10 +237,11 @@ def class_order(config: ConfigDict, num_classes: int) -> np.ndarray:
     """The configured order; "3,1,2" is a list of labels."""
     order = config.scenario.class_order
     if "," in order:
-        try:
-            return scenario.class_order(num_classes, [int(x) for x in order.split(",")])
-        except ValueError as error:
-            raise UserError(f"config.scenario.class_order: {error}") from None
+        labels = order.split(",")
+        if not all(re.fullmatch(r"\s*\d{1,9}\s*", label) for label in labels):
+            allowed = "labels separated by commas, each a number"
+            raise field_error("scenario.class_order", order, allowed)
+        return scenario.class_order(num_classes, [int(label) for label in labels])
     return scenario.class_order(num_classes, order)
 
 
@@ -196,19 +258,23 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
             f"a channel of {config.data.name}"
         )
     images = dataset.images_per_class
+    field = "per_class" if config.memory.kind == "growing" else "budget"
     for group in dataset.groups:
-        size = exemplars_per_class(config, group.stop)
-        for position in range(group.stop):
-            if size > images[position]:
-                raise UserError(
-                    f"config.memory: {size} exemplars a class, but class "
-                    f"{dataset.class_names[position]!r} has {images[position]} "
-                    "training images"
-                )
+        with _named("memory"):
+            size = exemplars_per_class(config, group.stop)
+        few = np.flatnonzero(images[: group.stop] < size)
+        if len(few):
+            raise field_error(
+                f"memory.{field}",
+                config.memory[field],
+                f"no more than the training images: {size} exemplars a class, but "
+                f"class {dataset.class_names[few[0]]!r} has {images[few[0]]}",
+            )
     if holds_out(config):
         for group in dataset.groups[:-1]:
             if size := exemplars_per_class(config, group.stop):
-                priors.held_out_per_class(config, size)
+                with _named("meta"):
+                    priors.held_out_per_class(config, size)
 
 
 def holds_out(config: ConfigDict) -> bool:
