@@ -1,10 +1,10 @@
 """Balanced Softmax for class-incremental learning, in JAX (Jodelet et al.)."""
 
+import importlib
 from typing import TYPE_CHECKING
 
-from bsce_jax import log_prior, losses, memory, meta_alpha, metrics, scenario
-
 if TYPE_CHECKING:
+    from bsce_jax import log_prior, losses, memory, meta_alpha, metrics, scenario
     from bsce_jax.predict import Predictor, load
 
 __all__ = [
@@ -20,9 +20,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # Loaded late: they need checkpoints and files, the functions above only arrays.
+    # Loaded when they are used: JAX takes a second, in which Ctrl-C must work.
     if name in ("Predictor", "load"):
-        from bsce_jax import predict
-
-        return getattr(predict, name)
+        return getattr(importlib.import_module("bsce_jax.predict"), name)
+    if name in __all__:
+        return importlib.import_module(f"bsce_jax.{name}")
     raise AttributeError(f"module 'bsce_jax' has no attribute {name!r}")

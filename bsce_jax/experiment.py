@@ -87,6 +87,7 @@ def _steps(run: Run, stop: StopSignal) -> None:
     """All steps that are left."""
     progress = restore(run)
     hooks.replace_images(run, progress)
+    stop.begin_to_wait()
     run.monitor.start(progress.before + progress.updates)
     for step in range(progress.step + progress.finished, len(run.dataset.groups)):
         if step > progress.step:
@@ -220,12 +221,15 @@ def stop_if_asked(run: Run, progress: Progress, stop: StopSignal) -> None:
 
 
 def _finished(run: Run) -> dict[str, Any]:
-    """Draws the pictures and prints the table."""
+    """Prints the table and draws the pictures, without which the run is whole."""
     if parallel.is_first():
-        from bsce_jax.report import plots  # matplotlib only at the end
+        print(tables.step_table(run.results), flush=True)
+        try:
+            from bsce_jax.report import plots  # matplotlib only at the end
 
-        plots.accuracy_curves([run.results], run.workdir / "curves.png")
-        plots.confusion_matrices([run.results], run.workdir / "confusion.png")
-        plots.alpha_curve([run.results], run.workdir / "alpha.png")
-        print(tables.step_table(run.results))
+            plots.accuracy_curves([run.results], run.workdir / "curves.png")
+            plots.confusion_matrices([run.results], run.workdir / "confusion.png")
+            plots.alpha_curve([run.results], run.workdir / "alpha.png")
+        except Exception as error:  # whatever a drawing library may raise
+            logger.warning("no pictures: %s", " ".join(str(error).split()))
     return run.results

@@ -6,17 +6,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from bsce_jax import terminal
+
+if __name__ == "__main__":
+    terminal.start()  # before what takes seconds
+
 from bsce_jax.config import flags, hashes, resolve
 
 logger = logging.getLogger("bsce_jax")
-
-
-def log_to_stderr() -> None:
-    """Shows the package's log lines, and no other library's."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    logger.setLevel(logging.INFO)
-    logger.handlers, logger.propagate = [handler], False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
             given.coordinator_address, given.num_processes, given.process_id
         )
         peers = join.join(address, given.peer_timeout, given.join_timeout)
+        jax_settings.require_devices()
         status = _run(config, folder, peers)
     except flags.HelpRequested as asked:
         print(asked)
@@ -61,7 +59,7 @@ def _run(config: Any, folder: Any, peers: Any) -> int:
         return 0
     logger.info("workdir %s, configuration:\n%s", folder, hashes.listing(config))
     lock = contextlib.nullcontext() if follows else workdir.lock(folder)
-    with stop.StopSignal() as signal, lock:
+    with stop.StopSignal(waits=False) as signal, lock:
         try:
             experiment.run(config, folder, signal, peers)
         except loop.StopRequested as stopped:
@@ -72,8 +70,5 @@ def _run(config: Any, folder: Any, peers: Any) -> int:
 
 
 if __name__ == "__main__":
-    log_to_stderr()
-    status = main(sys.argv)
-    from bsce_jax.hosts.ending import leave
-
-    leave(status)
+    terminal.log_to_stderr()
+    terminal.run(lambda: main(sys.argv))

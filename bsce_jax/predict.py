@@ -7,6 +7,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from bsce_jax import terminal
+
+if __name__ == "__main__":
+    terminal.start()  # before what takes seconds
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,4 +215,4 @@ def _print_classes(predictor: Predictor, paths: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -13,20 +13,21 @@ PAPER |= {"norms", "neighbours", "neural_gas", "slda", "dde", "losses", "models"
 ALLOWED: dict[str, set[str]] = {
     **{name: PAPER for name in PAPER},
     "errors": set(),
+    "terminal": set(),
     "telemetry": set(),
     "checkpoints": set(),
-    "data": {"scenario"},
+    "data": {"scenario", "terminal"},
     "compute": PAPER,
     "methods": PAPER | {"compute"},
     "config": PAPER | {"methods"},
-    "report": PAPER | {"config"},
-    "hosts": {"config", "telemetry"},
+    "report": PAPER | {"config", "terminal"},
+    "hosts": {"config", "telemetry", "terminal"},
     "run": PAPER
     | {"methods", "compute", "config", "data", "checkpoints", "telemetry", "report"},
     "experiment": {"run", "report", "hosts", "config", "compute", "checkpoints"},
-    "predict": {"run", "report", "compute", "checkpoints", "data"},
-    "main": {"experiment", "run", "hosts", "config"},
-    "reproduce": {"run", "report", "hosts", "config"},
+    "predict": {"run", "report", "compute", "checkpoints", "data", "terminal"},
+    "main": {"experiment", "run", "hosts", "config", "terminal"},
+    "reproduce": {"run", "report", "hosts", "config", "terminal"},
     "__init__": PAPER | {"predict"},
 }
 # `compute`, of which methods see the state alone.

@@ -51,12 +51,12 @@ def started(commands, devices: int) -> Iterator[list[subprocess.Popen]]:
 
 PATCHED = """
 import sys
-from bsce_jax import main
+from bsce_jax import main, terminal
 from bsce_jax.run import programs
 from tests import small
 programs.build_model = small.build_model
 {patch}
-main.log_to_stderr()
+terminal.log_to_stderr()
 sys.exit(main.main(sys.argv))
 """
 

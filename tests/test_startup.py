@@ -25,10 +25,10 @@ from tests import runs
 
 PATCHED = """
 import os, sys
-from bsce_jax import main
+from bsce_jax import main, terminal
 from bsce_jax.hosts import jax_settings, workdir
 {patch}
-main.log_to_stderr()
+terminal.log_to_stderr()
 sys.exit(main.main(sys.argv))
 """
 

@@ -13,6 +13,12 @@ writes beside a large data set that other code has prepared of what class each i
 import argparse
 import contextlib
 import glob
+
+from bsce_jax import terminal
+
+if __name__ == "__main__":
+    terminal.start()  # before what takes seconds
+
 import hashlib
 import http.client
 import pathlib
@@ -266,4 +272,4 @@ def _index(options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -1,10 +1,8 @@
 """How a process ends whose run has failed: one line, an exit status, no silence."""
 
 import logging
-import os
 import re
 import sys
-from typing import NoReturn
 
 from bsce_jax.errors import UserError
 from bsce_jax.hosts.peers import Peers
@@ -38,15 +36,3 @@ def failed(error: BaseException, peers: Peers | None) -> int:
         peers.fail(line, status)  # or the others would wait for it for ever
     print(f"bsce_jax: {line}", file=sys.stderr)
     return status
-
-
-def leave(status: int) -> NoReturn:
-    """Ends the process, after a user's mistake at once.
-
-    Python would wait for threads, such as one whose file server does not answer.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if status == 2:
-        os._exit(status)
-    sys.exit(status)

@@ -8,6 +8,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from bsce_jax.errors import UserError
+
 logger = logging.getLogger("bsce_jax")
 
 
@@ -34,6 +36,23 @@ def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         # A cache that cannot be written costs time, not results.
         warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
+
+
+def require_devices() -> None:
+    """Starts the devices that JAX_PLATFORMS names.
+
+    Raises:
+      UserError: there are none of the kind.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of JAX's own
+        wanted = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split()) or "there is no such device"
+        raise UserError(
+            f"JAX_PLATFORMS={wanted!r}: expected a platform that is here, such as cpu, "
+            f"or '', for the fastest there is: {reason}"
+        ) from None
 
 
 def _add_xla_flags(workdir: epath.Path) -> None:

@@ -4,6 +4,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from bsce_jax import terminal
+
+if __name__ == "__main__":
+    terminal.start()  # before what takes seconds
+
 from etils import epath
 
 from bsce_jax.errors import UserError
@@ -77,4 +82,4 @@ def _with_results(workdirs: Sequence[epath.PathLike]) -> Sequence[epath.PathLike
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -7,6 +7,11 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 
+from bsce_jax import terminal
+
+if __name__ == "__main__":
+    terminal.start()  # before what takes seconds
+
 from bsce_jax.config.hashes import HOW_NOT_WHAT, is_hashed
 from bsce_jax.errors import UserError
 from bsce_jax.hosts.stop import StopSignal
@@ -247,4 +252,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)
