@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bsce_jax.compute import parallel, steps, updates
-from bsce_jax.compute.state import COMPANIONS, MEMORY, TRAIN
+from bsce_jax.compute.state import COMPANIONS, HELD_OUT, MEMORY, TRAIN, Rows
 from bsce_jax.config import terms
 from bsce_jax.data import augment, batches, companions
 from bsce_jax.methods import lucir_dde, tpcil_like
@@ -42,7 +42,7 @@ def forward(apply, network, batch, context):
         found = out, network
         return found if images is batch.images else apply(network, images, valid)
 
-    beside, _ = tpcil_like.forward(memory, network, batch, context)
+    beside, network = tpcil_like.forward(memory, network, batch, context)
     extra = kept | network.extra | {"update": kept["update"] + 1}
     for name, shown in {TRAIN: batch, **batch.beside}.items():
         images = batch.whole(shown.images)[: ROWS[name]]
@@ -188,6 +188,32 @@ def test_one_call_on_many_devices_is_a_call_an_update_on_one(given, mode, device
     np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-9)
     assert len(set(losses)) == UPDATES
     assert_close(whole, state, 1e-9)
+
+
+@pytest.mark.slow
+def test_alpha_is_learned_beside_the_streams(given):
+    """Meta's updates, in groups of two in one call, or each in a call of its own."""
+    state, context, data, schedule, streams = given
+    learning = program(jnp.float64, True, "lucir", False).meta
+    learned = dataclasses.replace(small(), meta=learning)
+    held = np.random.default_rng(2).integers(2, 40, (2, BATCH)).astype(np.int32)
+    held_out = Rows(held, np.ones(held.shape, np.float32), streams[TRAIN].numbers[:2])
+    with_alpha = compiled(learned, "jit", jax.devices()[:1])
+    all_at_once = compiled(learned, "jit", jax.devices()[:1])
+    whole, metrics = all_at_once(
+        state, context, data, schedule, {**streams, HELD_OUT: held_out}
+    )
+    for u in range(UPDATES):
+        rows = {name: update_of(stream, u) for name, stream in streams.items()}
+        run = one_update("jit", 1)
+        if u % learning.every == 0:
+            run, rows[HELD_OUT] = with_alpha, update_of(held_out, u // learning.every)
+        state, new = run(state, context, data, update_of(schedule, u), rows)
+        np.testing.assert_allclose(new["loss"][0], metrics["loss"][u], rtol=1e-9)
+        np.testing.assert_allclose(new["alpha"][0], metrics["alpha"][u], rtol=1e-9)
+    assert_close(whole, state, 1e-9)
+    first, same, last = metrics["alpha"]
+    assert 0.7 != first == same != last and np.all(np.isfinite(metrics["alpha"]))
 
 
 def test_rows_without_an_image_take_no_part(given):
