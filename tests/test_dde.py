@@ -12,6 +12,7 @@ from bsce_jax import dde, methods
 from bsce_jax.compute.state import COMPANIONS, MEMORY, Batch, Network
 from bsce_jax.methods import lucir_dde, podnet_dde
 from bsce_jax.models import heads
+from tests.test_methods import shown
 
 B, K, D, C, PROXIES = 4, 2, 5, 6, 3
 SHARE, MOMENTUM = 0.5, 0.9
@@ -200,24 +201,19 @@ def test_a_step_begins_with_a_mean_of_zero(name: str) -> None:
     sizes = methods.Sizes(classes=C, features=D, image=(8, 8, 1), new=2, exemplars=4)
     own = METHODS[name].initial(sizes, **METHODS[name].OPTIONS)
     assert own.params == {}
-    before = network(name, np.ones(D))
+    head = network(name, np.ones(D)).params["head"]
     features = np.random.default_rng(6).normal(size=(8, D))
-    step = methods.Step(
-        number=1,
+    step, *_ = shown(
+        head,
+        extra={"h": np.ones(D)},
         num_old=2,
-        num_seen=3,
-        network=before,
         new=[np.arange(8)],
-        exemplars=[],
         features=lambda groups: [(group, features) for group in groups],
-        options=OPTIONS,
-        rng=np.random.default_rng(7),
-        mirrored=False,
     )
     after = METHODS[name].begin(step)
     for extra in (own.extra, after.extra):
         assert extra.keys() == {"h"} and extra["h"].dtype == np.float32
         np.testing.assert_array_equal(extra["h"], np.zeros(D))
-    ours, theirs = (n.params["head"]["kernel"] for n in (after, before))
+    ours, theirs = (n.params["head"]["kernel"] for n in (after, step.network))
     moved = np.any(np.abs(ours - theirs).reshape(-1, C) > 1e-5, axis=0)
     np.testing.assert_array_equal(moved, np.arange(C) == 2)

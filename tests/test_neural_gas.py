@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bsce_jax import methods, neural_gas
-from bsce_jax.compute.state import Network
+from bsce_jax import neural_gas
 from bsce_jax.methods import tpcil_like
+from tests.test_methods import shown
 
 
 def oracle(vectors: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -92,17 +92,11 @@ def test_exemplars_are_images_near_the_vertices_of_their_class() -> None:
         return [(group[1:], table[group[1:]]) for group in groups]
 
     def chosen(scale: float = 1.0) -> list[list[int]]:
-        step = methods.Step(
-            number=1,
-            num_old=2,
-            num_seen=4,
-            network=Network({}, {}, {}),
+        step, *_ = shown(
+            {},
             new=new,
-            exemplars=[],
             features=lambda groups: [(i, scale * f) for i, f in features(groups)],
-            options={},
             rng=np.random.default_rng(5),
-            mirrored=False,
         )
         return [found.tolist() for found in tpcil_like.exemplars(step, 5)]
 
