@@ -40,12 +40,14 @@ def companions(
         10,000 where there are more than 500 classes.)
 
     Returns:
-      int32 [N, K] places, the nearest first; -1 = none.
+      int32 [N, K] places, the nearest first; -1 = none, as where there is no image.
     """
     new = labels >= num_old
     if pool:
         new &= np.arange(len(labels)) < pool
-    return nearest(features, new, count)
+    found = nearest(features, new, count)
+    found[labels < 0] = -1
+    return found
 
 
 def total_direct_effect(
