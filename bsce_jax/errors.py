@@ -8,6 +8,24 @@ _SHOWN = 200  # characters of a value
 class UserError(ValueError):
     """Bad input: the message names the field, its value and what is allowed."""
 
+    def __str__(self) -> str:
+        """One line that does nothing to a terminal, whatever names it quotes."""
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Text in which only what can be seen is left as it is: names may come from others.
+
+    Escape sequences of terminals, line breaks and marks that change the direction of
+    writing are shown as Python writes them.
+    """
+    return "".join(
+        character
+        if character.isprintable()
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
 
 def field_error(name: str, value: Any, allowed: str) -> UserError:
     """The error of a configuration field, given by its dotted name."""

@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable
 from typing import NoReturn
 
+from bsce_jax.errors import printable
+
 INTERRUPTED = 130
 
 
@@ -39,10 +41,17 @@ def start() -> None:
         signal.signal(signal.SIGINT, leave)
 
 
+class _OneLine(logging.Formatter):
+    """A record is a line that does nothing to a terminal; tracebacks stay."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return printable(super().formatMessage(record))
+
+
 def log_to_stderr() -> None:
     """Shows the package's log lines, and no other library's."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("bsce_jax")
     logger.setLevel(logging.INFO)
     logger.handlers, logger.propagate = [handler], False

@@ -37,6 +37,22 @@ def test_an_incomplete_address_is_refused(address, message):
         join.join(join.Address(*address))
 
 
+@pytest.mark.parametrize(
+    ("given", "bound"),
+    [
+        ("localhost:8476", "localhost:8476"),
+        ("127.0.0.1:8476", "127.0.0.1:8476"),
+        ("192.0.2.1:8476", None),  # for documentation: of no host
+        ("a-service.of-others:8476", None),
+    ],
+)
+def test_the_coordinator_listens_where_it_was_told(initialized, given, bound):
+    assert join.join(join.Address(given, 2, 0)) is None  # nobody else came
+    (options,) = initialized
+    assert options["coordinator_address"] == given
+    assert options["coordinator_bind_address"] == bound
+
+
 def test_one_process_joins_nobody(monkeypatch, initialized):
     monkeypatch.setenv("SLURM_NTASKS", "4")  # in a batch script, outside of srun
     assert join.join(join.Address()) is None

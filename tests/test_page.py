@@ -199,7 +199,7 @@ def test_csv_parses_back() -> None:
     assert done["values"] == "60.0000; 61.0000; 62.9000"
     assert done["seconds"].count("; ") == done["images_per_second"].count("; ") == 2
     assert done["commands"].count("python -m bsce_jax.main") == 3
-    assert found["b", "five"]["values"].endswith("; -")  # one run has nothing yet
+    assert found["b", "five"]["values"].endswith("; none")  # one run has nothing yet
     assert done["row_label"] == table().rows[0].label
     assert found["b", "ten"]["state"] == f"no {SCRIPT} here"
     assert found["b", "ten"]["ours"] == found["a", "ten"]["paper"] == ""

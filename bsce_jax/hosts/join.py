@@ -2,9 +2,11 @@
 
 import contextlib
 import importlib.util
+import ipaddress
 import math
 import os
 import re
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -79,6 +81,7 @@ def _initialized(address: Address, timeout: float) -> bool:
         return _initialize(
             timeout,
             coordinator_address=address.coordinator,
+            coordinator_bind_address=_own_address(address),
             num_processes=address.processes,
             process_id=address.process,
             # Otherwise SLURM's number of the task would choose one device.
@@ -88,6 +91,26 @@ def _initialized(address: Address, timeout: float) -> bool:
         # JAX takes one device a task, unless it is told to take all.
         return _initialize(timeout, local_device_ids=[] if _one_task_a_host() else None)
     return _on_tpu() and _initialize(timeout)
+
+
+def _own_address(address: Address) -> str | None:
+    """Where process 0 listens: at localhost or this host's number, where one was given.
+
+    At all addresses, as JAX does, where a name was given, or the number of another:
+    this host may know that name as 127.0.1.1, and a service may stand for it.
+    """
+    host = address.coordinator.rpartition(":")[0].strip("[]")
+    try:
+        if host != "localhost":
+            ipaddress.ip_address(host)
+        for family, kind, protocol, _, place in socket.getaddrinfo(
+            host, 0, type=socket.SOCK_STREAM
+        ):
+            with socket.socket(family, kind, protocol) as trial:
+                trial.bind(place)
+    except (ValueError, OSError):
+        return None
+    return address.coordinator
 
 
 def _initialize(timeout: float, **options: object) -> bool:

@@ -11,7 +11,7 @@ if __name__ == "__main__":
 
 from etils import epath
 
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, printable
 from bsce_jax.report import results, tables
 
 
@@ -77,7 +77,10 @@ def _with_results(workdirs: Sequence[epath.PathLike]) -> Sequence[epath.PathLike
     if len(others) == len(workdirs):
         return workdirs  # whose first will be refused
     for workdir in others:
-        print(f"left out: no {results.FILE_NAME} in {workdir}", file=sys.stderr)
+        print(
+            f"left out: no {results.FILE_NAME} in {printable(str(workdir))}",
+            file=sys.stderr,
+        )
     return [workdir for workdir in workdirs if epath.Path(workdir) not in others]
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from bsce_jax.errors import printable
 from bsce_jax.report.cells import NEAR, Cell, CellRun, Report, Section, value
 from bsce_jax.report.page_html import PAPER, difference, near, summary
 from bsce_jax.report.page_runs import state
@@ -61,40 +62,44 @@ def csv_table(report: Report) -> str:
     """One line a cell; empty where there is no number.
 
     Of several runs the names, values, images/s, seconds and commands are separated by
-    "; ", in the same order; a run without one has "-".
+    "; ", in the same order; a run without one has "none". A text that a spreadsheet
+    would take for a formula begins with an apostrophe.
     """
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, CSV_FIELDS, lineterminator="\n")
     writer.writeheader()
     for section in report.sections:
         for cell in section.cells.values():
-            writer.writerow(
-                {
-                    "protocol": report.protocol,
-                    "table": section.table.key,
-                    "row": cell.row.key,
-                    "column": cell.column.key,
-                    "row_label": cell.row.label,
-                    "column_label": cell.column.label,
-                    "metric": cell.column.metric,
-                    "origin": cell.row.origin,
-                    "paper": _digits(cell.paper),
-                    "ours": _digits(cell.mean),
-                    "difference": _digits(cell.difference),
-                    "deviation": _digits(cell.deviation),
-                    "seeds_done": len(cell.values),
-                    "seeds_planned": len(cell.runs),
-                    "state": cell.state,
-                    "runs": _several(run.name for run in cell.runs),
-                    "commands": _several(run.command for run in cell.runs),
-                    **_of_runs(cell),
-                }
-            )
+            line = _line(report.protocol, section.table.key, cell)
+            writer.writerow({name: _no_formula(text) for name, text in line.items()})
     return buffer.getvalue()
 
 
+def _line(protocol: str, table: str, cell: Cell) -> dict[str, str]:
+    return {
+        "protocol": protocol,
+        "table": table,
+        "row": cell.row.key,
+        "column": cell.column.key,
+        "row_label": cell.row.label,
+        "column_label": cell.column.label,
+        "metric": cell.column.metric,
+        "origin": cell.row.origin,
+        "paper": _digits(cell.paper),
+        "ours": _digits(cell.mean),
+        "difference": _digits(cell.difference),
+        "deviation": _digits(cell.deviation),
+        "seeds_done": str(len(cell.values)),
+        "seeds_planned": str(len(cell.runs)),
+        "state": cell.state,
+        "runs": _several(run.name for run in cell.runs),
+        "commands": _several(run.command for run in cell.runs),
+        **_of_runs(cell),
+    }
+
+
 def _of_runs(cell: Cell) -> dict[str, str]:
-    """What each run of a cell has, or "-"."""
+    """What each run of a cell has, or "none"."""
     known = [None if r.results is None else facts(r.results) for r in cell.runs]
     found = {
         "values": [value(run, cell.column.metric) for run in cell.runs],
@@ -102,9 +107,19 @@ def _of_runs(cell: Cell) -> dict[str, str]:
         "seconds": [k and k.seconds for k in known],
     }
     return {
-        name: _several("-" if v is None else f"{v:.4f}" for v in values)
+        name: _several("none" if v is None else f"{v:.4f}" for v in values)
         for name, values in found.items()
     }
+
+
+def _no_formula(text: str) -> str:
+    text = printable(text)
+    if text[:1] in ("=", "+", "-", "@"):
+        try:
+            float(text)  # such as a difference below 0
+        except ValueError:
+            return f"'{text}"
+    return text
 
 
 def _several(texts: Iterable[str]) -> str:
@@ -148,7 +163,7 @@ def _cell(cell: Cell, notes: dict[str, str], reduced: bool) -> str:
 def _runs(runs: Sequence[CellRun]) -> str:
     rows = []
     for run in runs:
-        line = [_escaped(run.name), str(run.seed), _escaped(state(run))]
+        line = [_escaped(run.name), _escaped(str(run.seed)), _escaped(state(run))]
         known = None if run.results is None else facts(run.results)
         if known is None:
             line += ["–"] * 5

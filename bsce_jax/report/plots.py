@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, printable
 from bsce_jax.report import tables
 from bsce_jax.report.results import replace
 
@@ -277,6 +277,7 @@ def _class_axes(axes: Axes, names: Sequence[str]) -> None:
     """Ticks with class names where they fit, else with positions."""
     count = len(names)
     if count <= 20:
+        names = [printable(name) for name in names]
         short = [name if len(name) <= 14 else f"{name[:13]}…" for name in names]
         upright = max(map(len, short)) <= 2
         axes.set_xticks(range(count), short, rotation=0 if upright else 90)

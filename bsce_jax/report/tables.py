@@ -6,6 +6,7 @@ from typing import Any
 
 from bsce_jax.config import fields
 from bsce_jax.config.hashes import digest, protocol
+from bsce_jax.errors import printable
 from bsce_jax.report.run_facts import own_values
 
 Results = Mapping[str, Any]
@@ -129,6 +130,7 @@ def _labels(grouped: Sequence[Sequence[Results]]) -> list[str]:
         if first["status"] != "done":
             facts = [*facts, f"seed {seed(first)}", "unfinished"]
         label = f"{first['name']} ({', '.join(facts)})" if facts else first["name"]
+        label = printable(label)  # its place is a terminal or a picture
         labels.append(label if label not in labels else f"{label} #{len(labels) + 1}")
     return labels
 
@@ -189,6 +191,7 @@ def _format(
     left: int = 0,
 ) -> str:
     """Aligns columns: the first `left` to the left, all others to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if markdown:
         rule = ["---" if column < left else "---:" for column in range(len(header))]
         cells = [

@@ -13,7 +13,7 @@ if __name__ == "__main__":
     terminal.start()  # before what takes seconds
 
 from bsce_jax.config.hashes import HOW_NOT_WHAT, is_hashed
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, printable
 from bsce_jax.hosts.stop import StopSignal
 from bsce_jax.reproduce import manifest, runner, tables
 from bsce_jax.reproduce.process import absolute
@@ -238,7 +238,7 @@ def _distinct(jobs: Iterable[tables.Job]) -> list[tables.Job]:
 
 
 def _show(line: str) -> None:
-    print(time.strftime("%H:%M:%S"), line, flush=True)
+    print(time.strftime("%H:%M:%S"), printable(line), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
