@@ -9,7 +9,10 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
+import shlex
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,10 +24,11 @@ from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import TrainState
 from bsce_jax.config import priors
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, printable
 from bsce_jax.hosts.peers import Peers
 from bsce_jax.hosts.stop import StopSignal
 from bsce_jax.report import tables
+from bsce_jax.report.results import FILE_NAME
 from bsce_jax.run import companions, hooks
 from bsce_jax.run.context import has_teacher, phase_context
 from bsce_jax.run.loop import (
@@ -224,12 +228,27 @@ def _finished(run: Run) -> dict[str, Any]:
     """Prints the table and draws the pictures, without which the run is whole."""
     if parallel.is_first():
         print(tables.step_table(run.results), flush=True)
+        pictures = []
         try:
             from bsce_jax.report import plots  # matplotlib only at the end
 
-            plots.accuracy_curves([run.results], run.workdir / "curves.png")
-            plots.confusion_matrices([run.results], run.workdir / "confusion.png")
-            plots.alpha_curve([run.results], run.workdir / "alpha.png")
+            pictures = plots.draw([run.results], run.workdir)
         except Exception as error:  # whatever a drawing library may raise
             logger.warning("no pictures: %s", " ".join(str(error).split()))
+        print(_where_it_is(run.workdir, pictures), flush=True)
     return run.results
+
+
+def _where_it_is(workdir: epath.Path, pictures: Sequence[epath.Path]) -> str:
+    """What a run has left and what can be done with it next, for a person."""
+    files = [workdir / FILE_NAME, *pictures]
+    quoted = printable(shlex.quote(os.fspath(workdir)))
+    return "\n".join(
+        [
+            "",
+            *(printable(os.fspath(file)) for file in files),
+            "next:",
+            f"  python -m bsce_jax.report {quoted}",
+            f"  python -m bsce_jax.predict {quoted}",
+        ]
+    )

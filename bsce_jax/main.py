@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         )
         peers = join.join(address, given.peer_timeout, given.join_timeout)
         jax_settings.require_devices()
-        status = _run(config, folder, peers)
+        status = _run(config, folder, peers, given.show_config)
     except flags.HelpRequested as asked:
         print(asked)
         return 0
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     return status
 
 
-def _run(config: Any, folder: Any, peers: Any) -> int:
+def _run(config: Any, folder: Any, peers: Any, show_config: bool) -> int:
     """Prints the plan or runs; returns the exit status."""
     from bsce_jax import experiment
     from bsce_jax.hosts import stop, workdir
@@ -57,7 +57,13 @@ def _run(config: Any, folder: Any, peers: Any) -> int:
         if not follows:
             print(plan)
         return 0
-    logger.info("workdir %s, configuration:\n%s", folder, hashes.listing(config))
+    logger.info("workdir %s", folder)
+    whole = (
+        "" if show_config else ", what differs from the defaults (all: --show_config)"
+    )
+    logger.info("configuration%s:", whole)
+    for line in hashes.listing(config, everything=show_config):
+        logger.info("  %s", line)
     lock = contextlib.nullcontext() if follows else workdir.lock(folder)
     with stop.StopSignal(waits=False) as signal, lock:
         try:

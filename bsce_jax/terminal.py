@@ -10,7 +10,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from bsce_jax.errors import printable
 
@@ -46,6 +46,20 @@ class _OneLine(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         return printable(super().formatMessage(record))
+
+
+def shows_bars(stream: TextIO | None = None) -> bool:
+    """Whether a stream, standard error by default, is a terminal that can go back."""
+    stream = sys.stderr if stream is None else stream
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def columns(stream: TextIO) -> int:
+    """Width of the terminal of a stream; 80 where it does not say."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def log_to_stderr() -> None:

@@ -73,10 +73,10 @@ def by_hand(read, plan, batch, rows):
     for place, row in enumerate(rows):
         if row < plan.size and valid[row]:
             encoded, _ = read.records[int(read.numbers[indices[row]])]
-            if plan.key(batch) is None or read.crop_area is None:
+            if plan.key(batch, row) is None or read.crop_area is None:
                 image = decode.test_crop(encoded, SIZE, resize=20, channels=3)
             else:
-                rng = np.random.default_rng((*plan.key(batch), row))
+                rng = np.random.default_rng(plan.key(batch, row))
                 image = decode.train_crop(encoded, SIZE, rng, area=read.crop_area)
             images[place] = image
     return images

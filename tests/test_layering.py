@@ -14,7 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     **{name: PAPER for name in PAPER},
     "errors": set(),
     "terminal": set(),
-    "telemetry": set(),
+    "telemetry": {"terminal"},
     "checkpoints": set(),
     "data": {"scenario", "terminal"},
     "compute": PAPER,

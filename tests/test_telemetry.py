@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import pathlib
+import re
 import shutil
 import struct
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2
 
+from bsce_jax import terminal
 from bsce_jax.telemetry import bar, compiles, environment
 from bsce_jax.telemetry.events import Timeline
 
@@ -318,9 +320,52 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
         progress.note("step 2: top-1 48.00")
     shown = stream.getvalue()
     assert "step 2/2, epoch 1/3  50%|" in shown
-    assert "50/100 updates, 32 images/s, loss 0.5, 0:50 left" in shown
+    assert "50/100 updates, loss 0.5, 0:50 left" in shown  # 80 columns
     assert "\rstep 2: top-1 48.00\n" in shown or "\nstep 2: top-1 48.00\n" in shown
     assert shown.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("columns", "parts"),
+    [
+        (20, "0:50 left"),
+        (40, "0:50 left"),
+        (60, "50/100 updates, 0:50 left"),
+        (80, "50/100 updates, loss 0.5, 0:50 left"),
+        (120, "50/100 updates, 32 images/s, loss 0.5, 0:50 left"),
+    ],
+)
+def test_a_bar_has_a_line_of_any_width(
+    monkeypatch: pytest.MonkeyPatch, columns: int, parts: str
+) -> None:
+    """What matters less gives way to the bar; nothing wraps."""
+    monkeypatch.setattr(terminal, "columns", lambda stream: columns)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    clock, stream = Clock(), Terminal()
+    shown = bar.Bar(100, done=40, stream=stream, clock=clock)
+    with contextlib.closing(shown) as progress:
+        progress._tqdm.dynamic_ncols = None
+        progress._tqdm.ncols = columns
+        for _ in range(10):
+            clock.seconds += 1.0
+            progress.advance(1, images=32, loss=0.5, where="step 2/2, epoch 1/3")
+    lines = re.split("[\r\n]+", stream.getvalue())
+    assert lines[-2].endswith(parts), lines
+    assert max(map(len, lines)) <= columns
+
+
+def test_a_dumb_terminal_has_lines(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="bsce_jax")
+    monkeypatch.setenv("TERM", "dumb")
+    clock, stream = Clock(), Terminal()
+    with contextlib.closing(bar.Bar(10, stream=stream, clock=clock)) as progress:
+        for _ in range(125):
+            clock.seconds += 1.0
+            progress.advance(0, images=1)
+    assert stream.getvalue() == ""
+    assert len(caplog.records) == 3  # one a minute, and the last
 
 
 def test_a_bar_does_not_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -368,12 +413,13 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_pass_that_takes_long_is_shown(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="bsce_jax")
     batches = iter("abc")
-    assert list(bar.passing(batches, 25, 10, "features", 0.0)) == list("abc")
+    passing = bar.passing(batches, 25, 10, "features", interval=0.0)
+    assert list(passing) == list("abc")
     lines = [record.getMessage() for record in caplog.records]
     assert lines == ["features: 10/25 images", "features: 20/25 images"]
     caplog.clear()
     assert list(bar.passing("abc", 25, 10, "features")) == list("abc")  # short
-    silent = bar.passing("abc", 25, 10, "features", 0.0, enabled=False)
+    silent = bar.passing("abc", 25, 10, "features", interval=0.0, enabled=False)
     assert list(silent) == list("abc")
     assert not caplog.records
 

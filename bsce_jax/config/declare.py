@@ -1,6 +1,7 @@
 """How a field of the configuration is declared, and what may stand in it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
@@ -11,7 +12,8 @@ class Field(NamedTuple):
       default: its value where nothing else is given, which decides its type; None is a
         number that may be absent, {} a section whose names are free.
       means: what it is, for --help and docs/configuration.md.
-      choices: the texts it may be; () = any.
+      choices: the texts it may be, and what each means where that is not said
+        otherwise; () = any.
       least, most: inclusive bounds of a number, or of each in a tuple; None = no bound
         but that of float32 and of a 32-bit integer.
       longest: characters of a text, or entries of a tuple, at most.
@@ -23,7 +25,7 @@ class Field(NamedTuple):
 
     default: Any
     means: str
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] | Mapping[str, str] = ()
     least: float | None = None
     most: float | None = None
     hashed: bool = True

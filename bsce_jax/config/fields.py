@@ -34,7 +34,13 @@ RUN = {
         "none",
         "Log-prior added to the logits in training (Jodelet et al., Eq. 3, 5 and 6): "
         "none (softmax), balanced, weighted (fixed alpha), meta, relaxed.",
-        choices=("none", "balanced", "weighted", "meta", "relaxed"),
+        choices={
+            "none": "softmax cross-entropy",
+            "balanced": "BalancedS-CE, Eq. 3",
+            "weighted": "alpha-weighted, Eq. 5",
+            "meta": "Meta, Algorithm 1: alpha learned",
+            "relaxed": "Relaxed, Eq. 6",
+        },
     ),
     "alpha": Field(
         1.0,
@@ -95,7 +101,7 @@ RUN = {
         False, "Print what would run, per step, and stop.", hashed=False
     ),
     "log_seconds": Field(
-        10.0,
+        60.0,
         "Interval of log lines where there is no terminal.",
         least=0,
         most=1e6,

@@ -13,10 +13,11 @@ from bsce_jax.config.files import load
 from bsce_jax.config.hashes import flatten
 from bsce_jax.errors import UserError
 
-# Kind, name, default and meaning. Those after the first are for several
+# Kind, name, default and meaning. Those after the first two are for several
 # processes that no SLURM, Open MPI or Cloud TPU pod has started.
 FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("string", "workdir", "", "Folder of the run; all hosts must see it."),
+    ("boolean", "show_config", False, "Show every field at the start of the run."),
     ("string", "coordinator_address", "", "host:port of process 0."),
     ("integer", "num_processes", 0, "Processes of the run."),
     ("integer", "process_id", -1, "Number of this process, from 0."),

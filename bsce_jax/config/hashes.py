@@ -25,9 +25,29 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def listing(config: ConfigDict) -> str:
-    """Every field and its value, a line each."""
-    return "\n".join(f"  {n} = {value!r}" for n, value in flatten(config).items())
+def listing(config: ConfigDict, everything: bool = True) -> list[str]:
+    """Fields and their values, a line each: every one, or those not at the default.
+
+    Those of phases that do not exist in the run count as if they were at the default.
+    """
+    flat = flatten(config)
+    if not everything:
+        none = tuple(
+            f"phase.{n}." for n, phase in config.phase.items() if not phase.epochs
+        )
+        flat = {
+            name: value
+            for name, value in flat.items()
+            if _is_changed(name, value) and not name.startswith(none)
+        }
+    return [f"{name} = {value!r}" for name, value in flat.items()]
+
+
+def _is_changed(name: str, value: Any) -> bool:
+    field = fields.find(name)
+    default = None if field is None else field.default
+    default = list(default) if type(default) is tuple else default
+    return field is None or isinstance(default, dict) or value != default
 
 
 def digest(values: Any) -> str:
@@ -51,15 +71,12 @@ def protocol(flat: Mapping[str, Any]) -> dict[str, Any]:
     Without fields at their default, so that a run of before there was a field is as
     one with it.
     """
-    found = {}
-    for name, value in flat.items():
-        field = fields.find(name)
-        default = None if field is None else field.default
-        default = list(default) if type(default) is tuple else default
-        if name != "seed" and name not in HOW_NOT_WHAT and is_hashed(name):
-            if field is None or isinstance(default, dict) or value != default:
-                found[name] = value
-    return found
+    return {
+        name: value
+        for name, value in flat.items()
+        if name != "seed" and name not in HOW_NOT_WHAT
+        if is_hashed(name) and _is_changed(name, value)
+    }
 
 
 def is_hashed(name: str) -> bool:

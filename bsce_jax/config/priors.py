@@ -60,16 +60,6 @@ def fill_in(config: ConfigDict) -> None:
         config.epsilon, config.epsilon_unit = PAPER_EPSILON
 
 
-def label(config: ConfigDict) -> str:
-    """The prior of a resolved configuration in a run's name."""
-    if config.prior == "weighted":
-        return f"weighted{config.alpha:g}"
-    if config.prior == "relaxed":
-        unit = "pc" if config.epsilon_unit == "percent" else ""
-        return f"relaxed{config.epsilon:g}{unit}"
-    return config.prior
-
-
 def epsilon_count(config: ConfigDict) -> float:
     """Epsilon of Eq. 6 as a number of images (500 a class: 0.2 % is 1)."""
     if config.epsilon_unit == "percent":

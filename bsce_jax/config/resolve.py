@@ -11,6 +11,7 @@ from bsce_jax.config import options, priors, terms
 from bsce_jax.config.declare import kind, refusal, text_refusal
 from bsce_jax.config.fields import FIELDS, PHASE, find
 from bsce_jax.config.hashes import flatten
+from bsce_jax.config.names import default_name
 from bsce_jax.errors import UserError, field_error
 
 _DATA_NAME = re.compile(r"[A-Za-z_]\w*(/[\w.+-]+)?(:\d+\.\d+\.\d+)?")
@@ -38,16 +39,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
         config.options = options.filled_in(config)
         priors.fill_in(config)
         if not config.name:
-            config.name = _default_name(config)
+            config.name = default_name(flatten(config))
     return config
-
-
-def _default_name(config: ConfigDict) -> str:
-    parts = [config.data.name, config.method, priors.label(config)]
-    parts.append(f"{config.scenario.steps}steps")
-    if config.short > 1:
-        parts.append(f"short{config.short}")
-    return "-".join(parts)
 
 
 def _exists(phase: ConfigDict, prior: str) -> bool:

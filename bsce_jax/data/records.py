@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import tqdm
 
+from bsce_jax import terminal
 from bsce_jax.errors import UserError
 
 CHUNK = 512  # records read in one call, several times faster than one by one
@@ -206,7 +207,8 @@ def size(info: tfds.core.DatasetInfo, split: str) -> float:
 def scan_labels(pairs: Encoded, title: str) -> np.ndarray:
     """Reads all records for their labels, int32 [N]; a progress bar on terminals."""
     found = np.empty(len(pairs), np.int32)
-    with tqdm(total=len(found), desc=title, unit=" images", disable=None) as bar:
+    shown = terminal.shows_bars()
+    with tqdm(total=len(found), desc=title, unit=" images", disable=not shown) as bar:
         for start in range(0, len(found), CHUNK):
             rows = range(start, min(start + CHUNK, len(found)))
             found[start : rows.stop] = [label for _, label in pairs.__getitems__(rows)]

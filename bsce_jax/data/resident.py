@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from bsce_jax import terminal
 from bsce_jax.data import source
 from bsce_jax.errors import UserError, field_error
 
@@ -111,9 +112,10 @@ def _run(
 ) -> None:
     """Calls read, which returns a number of images, on every chunk, in threads."""
     total = chunks[-1].stop
+    shown = terminal.shows_bars()
     with (
         ThreadPoolExecutor(threads) as pool,
-        tqdm(total=total, desc=title, unit=" images", disable=None) as bar,
+        tqdm(total=total, desc=title, unit=" images", disable=not shown) as bar,
     ):
         try:
             for count in pool.map(read, chunks):

@@ -151,13 +151,45 @@ def clustered(step: Step) -> Network:
     return step.with_head(head)
 
 
+class About(NamedTuple):
+    """What a method is, a few words each: `ABOUT` of its module.
+
+    Attributes:
+      title: as the paper calls it.
+      head: the classifier.
+      losses: what is minimised, in incremental steps.
+      besides: what else is done.
+      source: of the method.
+    """
+
+    title: str
+    head: str
+    source: str
+    losses: str = ""
+    besides: str = ""
+
+
+def names() -> list[str]:
+    """All methods."""
+    return sorted(found.name for found in pkgutil.iter_modules(__path__))
+
+
+def about(name: str) -> About:
+    """What a method is; one that does not say so is called as its module.
+
+    Raises:
+      UserError: there is no such method.
+    """
+    return getattr(module(name), "ABOUT", About(name, "any", "your own"))
+
+
 def module(name: str) -> ModuleType:
     """The module of a method.
 
     Raises:
       UserError: there is no such method.
     """
-    known = sorted(found.name for found in pkgutil.iter_modules(__path__))
+    known = names()
     if name not in known:
         raise field_error("method", name, f"one of {', '.join(known)}")
     return importlib.import_module(f"{__name__}.{name}")

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsce_jax.compute.state import OWN, Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Own, Sizes, Step
+from bsce_jax.methods import About, Own, Sizes, Step
+
+ABOUT = About(
+    title="BiC",
+    head="linear",
+    losses="cross-entropy, distillation",
+    besides="a phase that learns a scale and a shift of the new logits",
+    source="Wu et al. 2019",
+)
+
 
 NEEDS_MEMORY = True
 

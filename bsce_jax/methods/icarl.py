@@ -9,8 +9,17 @@ import numpy as np
 
 from bsce_jax import nearest_mean
 from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Own, Sizes, Step
+from bsce_jax.methods import About, Own, Sizes, Step
 from bsce_jax.norms import normalise
+
+ABOUT = About(
+    title="iCaRL",
+    head="linear",
+    losses="binary cross-entropy of sigmoids",
+    besides="nearest mean of exemplars",
+    source="Rebuffi et al. 2017",
+)
+
 
 NEEDS_MEMORY = True
 PRIORS = ("none",)  # a log-prior has no meaning for independent sigmoids

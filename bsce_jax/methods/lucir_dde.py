@@ -8,8 +8,17 @@ from numpy.typing import NDArray
 
 from bsce_jax import dde
 from bsce_jax.compute.state import Network
-from bsce_jax.methods import Own, Sizes, Step, imprinted
+from bsce_jax.methods import About, Own, Sizes, Step, imprinted
 from bsce_jax.models import heads
+
+ABOUT = About(
+    title="LUCIR + DDE",
+    head="cosine",
+    losses="as LUCIR, the likelihood averaged with neighbours",
+    besides="a moving mean's effect taken out of predictions",
+    source="Hu et al. 2021",
+)
+
 
 HEADS = ("cosine",)
 OPTIONS = {"share": 0.5, "momentum": 0.9, "pool": 0}

@@ -18,8 +18,17 @@ from numpy.typing import NDArray
 from bsce_jax import log_prior
 from bsce_jax.compute.state import OWN, Apply, Batch, Network, Outputs, StepContext
 from bsce_jax.losses import softmax_cross_entropy
-from bsce_jax.methods import Own, Sizes, Step, imprinted
+from bsce_jax.methods import About, Own, Sizes, Step, imprinted
 from bsce_jax.norms import normalise
+
+ABOUT = About(
+    title="Mnemonics",
+    head="cosine",
+    losses="as LUCIR",
+    besides="exemplars learned pixel by pixel, fixed convolutions",
+    source="Liu et al. 2020",
+)
+
 
 HEADS = ("cosine",)
 NEEDS_MEMORY = NEEDS_RESIDENT = True

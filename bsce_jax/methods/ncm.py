@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Own, Sizes, Step
+from bsce_jax.methods import About, Own, Sizes, Step
 from bsce_jax.nearest_mean import normalised
 from bsce_jax.norms import normalise
+
+ABOUT = About(
+    title="NCM",
+    head="none",
+    besides="network fixed after the base step, class means",
+    source="Jodelet et al.",
+)
+
 
 PRIORS = ("none",)
 

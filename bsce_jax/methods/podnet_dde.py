@@ -8,8 +8,17 @@ from numpy.typing import NDArray
 
 from bsce_jax import dde
 from bsce_jax.compute.state import Network
-from bsce_jax.methods import Own, Sizes, Step, clustered
+from bsce_jax.methods import About, Own, Sizes, Step, clustered
 from bsce_jax.models import heads
+
+ABOUT = About(
+    title="PODNet + DDE",
+    head="local similarity",
+    losses="as PODNet, the likelihood averaged with neighbours",
+    besides="a moving mean's effect taken out of predictions",
+    source="Hu et al. 2021",
+)
+
 
 HEADS = ("local_similarity",)
 OPTIONS = {"share": 0.5, "momentum": 0.9, "pool": 0}

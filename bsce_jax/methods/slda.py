@@ -9,7 +9,15 @@ import numpy as np
 
 from bsce_jax import slda
 from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Own, Sizes, Step
+from bsce_jax.methods import About, Own, Sizes, Step
+
+ABOUT = About(
+    title="SLDA",
+    head="none",
+    besides="network fixed after the base step, streaming LDA",
+    source="Hayes and Kanan 2020",
+)
+
 
 PRIORS = ("none",)
 OPTIONS = {"shrinkage": 1e-4}

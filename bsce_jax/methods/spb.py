@@ -4,7 +4,16 @@ No memory. New rows of the cosine head are imprinted; the losses are columns_ce.
 feature_mse.py in losses/, their weights new/old and old/new.
 """
 
-from bsce_jax.methods import imprinted
+from bsce_jax.methods import About, imprinted
+
+ABOUT = About(
+    title="SPB",
+    head="cosine",
+    losses="cross-entropy, feature distance",
+    besides="without memory",
+    source="Wu et al. 2021",
+)
+
 
 HEADS = ("cosine",)
 

@@ -5,8 +5,17 @@ Classes are learned on the images as they are, features are kept in all rotation
 """
 
 from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import imprinted
+from bsce_jax.methods import About, imprinted
 from bsce_jax.models import rotations
+
+ABOUT = About(
+    title="SPB-I",
+    head="cosine",
+    losses="as SPB, and the rotation of an image",
+    besides="without memory",
+    source="Wu et al. 2021",
+)
+
 
 HEADS = ("cosine",)
 

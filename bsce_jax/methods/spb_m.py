@@ -6,8 +6,17 @@ import numpy as np
 
 from bsce_jax import log_prior
 from bsce_jax.compute.state import Apply, Batch, Network, Outputs, StepContext
-from bsce_jax.methods import Step
+from bsce_jax.methods import About, Step
 from bsce_jax.models import new_rows, rotations
+
+ABOUT = About(
+    title="SPB-M",
+    head="four cosine heads",
+    losses="as SPB, of four rotations",
+    besides="without memory; the heads' predictions add up",
+    source="Wu et al. 2021",
+)
+
 
 HEADS = ("perspectives",)
 

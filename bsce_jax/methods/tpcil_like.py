@@ -17,8 +17,17 @@ from bsce_jax.compute.state import (
     Outputs,
     StepContext,
 )
-from bsce_jax.methods import Step, imprinted
+from bsce_jax.methods import About, Step, imprinted
 from bsce_jax.nearest_mean import normalised
+
+ABOUT = About(
+    title="TPCIL-like",
+    head="cosine",
+    losses="cross-entropy, topology of the memory",
+    besides="exemplars of a neural gas; from a description only",
+    source="Tao et al. 2020",
+)
+
 
 HEADS = ("cosine",)
 NEEDS_MEMORY = True

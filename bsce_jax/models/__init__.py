@@ -65,7 +65,7 @@ def create(
     family, depth = check_name(name)
     _check("shortcut", shortcut, resnet.SHORTCUTS)
     _check("stem", stem, resnet.STEMS)
-    _check("head", head, heads.NAMES)
+    _check("head", head, tuple(heads.NAMES))
     _check_positive("num_classes", num_classes)
     options: dict[str, Any] = {"proxies": proxies, "conv_chunks": conv_chunks}
     if width is not None:

@@ -13,7 +13,12 @@ import jax.numpy as jnp
 from bsce_jax.errors import UserError
 from bsce_jax.norms import normalise
 
-NAMES = ("linear", "cosine", "local_similarity", "perspectives")
+NAMES = {
+    "linear": "weights and bias",
+    "cosine": "scaled cosine of features and class embeddings (LUCIR)",
+    "local_similarity": "softmax-weighted cosines of several proxies (PODNet)",
+    "perspectives": "four cosine heads (SPB-M)",
+}
 PERSPECTIVES = 4
 
 Answer = tuple[jax.Array, dict[str, jax.Array]]

@@ -1,6 +1,7 @@
 """Tables and figures of runs: python -m bsce_jax.report WORKDIR... [--output DIR]."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -60,9 +61,8 @@ def report(
     folder = epath.Path(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        plots.accuracy_curves(runs, folder / "curves.png")
-        plots.confusion_matrices(runs, folder / "confusion.png")
-        plots.alpha_curve(runs, folder / "alpha.png")
+        for picture in plots.draw(runs, folder):
+            print(printable(os.fspath(picture)))
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror}") from error
 

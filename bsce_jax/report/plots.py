@@ -60,6 +60,22 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+def draw(runs: Sequence[Results], folder: epath.Path) -> list[epath.Path]:
+    """Draws curves.png, confusion.png and, where it was learned, alpha.png.
+
+    Returns:
+      The files, which may have been there before and then are replaced.
+
+    Raises:
+      UserError: no run has a finished step.
+    """
+    curves, confusion = folder / "curves.png", folder / "confusion.png"
+    accuracy_curves(runs, curves)
+    confusion_matrices(runs, confusion)
+    alpha = folder / "alpha.png"
+    return [curves, confusion, *([alpha] if alpha_curve(runs, alpha) else [])]
+
+
 def accuracy_curves(runs: Sequence[Results], path: epath.PathLike) -> None:
     """Draws top-1 accuracy after each step against the number of classes seen.
 

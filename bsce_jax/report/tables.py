@@ -4,12 +4,22 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bsce_jax.config import fields
+from bsce_jax.config import fields, names
 from bsce_jax.config.hashes import digest, protocol
 from bsce_jax.errors import printable
 from bsce_jax.report.run_facts import own_values
 
 Results = Mapping[str, Any]
+
+COLUMNS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "top1_nearest_mean": "NME",
+    "top1_base": "base",
+    "top1_old": "old",
+    "top1_new": "new",
+}
+"""Accuracies of a step's record and what they are called wherever they are shown."""
 
 _SHOWN = 3  # fields that tell runs of one name apart
 _SUMMARY = {
@@ -31,34 +41,13 @@ def step_table(results: Results, markdown: bool = False) -> str:
     images, seconds of wall clock; what the method has learned beside the network,
     where it has.
     """
-    header = [
-        "step",
-        "classes",
-        "top-1",
-        "top-5",
-        "NME",
-        "base",
-        "old",
-        "new",
-        "memory",
-        "seconds",
-    ]
+    header = ["step", "classes", *COLUMNS.values(), "memory", "seconds"]
     rows = []
     for record in results["steps"]:
         result = record["result"]
         rows.append(
             [str(record["step"]), str(result["num_seen"])]
-            + [
-                _number(result[name])
-                for name in (
-                    "top1",
-                    "top5",
-                    "top1_nearest_mean",
-                    "top1_base",
-                    "top1_old",
-                    "top1_new",
-                )
-            ]
+            + [_number(result[name]) for name in COLUMNS]
             + [
                 str(result["memory_images"]),
                 _number(record["telemetry"].get("seconds"), digits=1),
@@ -120,16 +109,26 @@ def groups(runs: Sequence[Results]) -> dict[str, list[Results]]:
     return dict(zip(_labels(list(grouped.values())), grouped.values(), strict=True))
 
 
+def title(results: Results) -> str:
+    """A run in a legend: the name that it was given, or method and prior."""
+    try:
+        own = results["name"] != names.default_name(results["config"])
+        return results["name"] if own else names.title(results["config"])
+    except KeyError:  # of a version that had other fields
+        return results["name"]
+
+
 def _labels(grouped: Sequence[Sequence[Results]]) -> list[str]:
     """A name for each group, no two the same."""
     firsts = [group[0] for group in grouped]
+    titles = [title(first) for first in firsts]
     labels: list[str] = []
-    for first in firsts:
-        namesakes = [other for other in firsts if other["name"] == first["name"]]
+    for first, own in zip(firsts, titles, strict=True):
+        namesakes = [o for o, t in zip(firsts, titles, strict=True) if t == own]
         facts = _apart(first, namesakes)
         if first["status"] != "done":
             facts = [*facts, f"seed {seed(first)}", "unfinished"]
-        label = f"{first['name']} ({', '.join(facts)})" if facts else first["name"]
+        label = f"{own} ({', '.join(facts)})" if facts else own
         label = printable(label)  # its place is a terminal or a picture
         labels.append(label if label not in labels else f"{label} #{len(labels) + 1}")
     return labels
@@ -138,8 +137,8 @@ def _labels(grouped: Sequence[Sequence[Results]]) -> list[str]:
 def _apart(results: Results, others: Sequence[Results]) -> list[str]:
     """The fields, with their values, in which runs of the same name differ."""
     protocols = [protocol(other["config"]) for other in others]
-    names = sorted({name for found in protocols for name in found})
-    differing = [n for n in names if len({repr(p.get(n)) for p in protocols}) > 1]
+    known = sorted({name for found in protocols for name in found})
+    differing = [n for n in known if len({repr(p.get(n)) for p in protocols}) > 1]
     shown = [f"{name}={_value(results, name)}" for name in differing[:_SHOWN]]
     more = len(differing) - _SHOWN
     return [*shown, f"{more} more"] if more > 0 else shown

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from bsce_jax.compute import parallel
+from bsce_jax.report import tables
 from bsce_jax.run.loop import History, Training
 from bsce_jax.telemetry import compiles, environment
 from bsce_jax.telemetry.bar import Bar
@@ -98,20 +99,11 @@ class Monitor:
     def evaluated(self, step: int, update: int, result: Mapping[str, Any]) -> None:
         """Shows a step's accuracies; `update` counts over the whole run."""
         assert self._bar is not None and self._timeline is not None
-        names = (
-            "top1",
-            "top1_nearest_mean",
-            "top5",
-            "top1_base",
-            "top1_old",
-            "top1_new",
-        )
-        found = {name: result[name] for name in names if result[name] is not None}
+        found = {n: result[n] for n in tables.COLUMNS if result[n] is not None}
         self._timeline.scalars(update, {f"test/{k}": v for k, v in found.items()})
-        shown = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
-        self._bar.note(
-            f"step {step}/{self._steps - 1}: {result['num_seen']} classes, {shown}"
-        )
+        accuracies = [f"{tables.COLUMNS[n]} {value:.2f}" for n, value in found.items()]
+        parts = [f"{result['num_seen']} classes", *accuracies]
+        self._bar.note(f"step {step}/{self._steps - 1}: {', '.join(parts)}")
 
     def flush(self) -> None:
         """Puts the events so far on the disk, before the checkpoint they belong to."""

@@ -11,10 +11,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO, TypeVar
 
+from bsce_jax import terminal
+
 logger = logging.getLogger("bsce_jax")
 T = TypeVar("T")
 
 _WINDOW_SECONDS = 60.0  # rates are means over this long
+_LEAST_BAR = 10  # characters, else something less important gives way
 
 
 class Bar:
@@ -29,7 +32,7 @@ class Bar:
         total: int,
         done: int = 0,
         *,
-        seconds: float = 10.0,
+        seconds: float = 60.0,
         stream: TextIO | None = None,
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -53,7 +56,7 @@ class Bar:
         self._shown = clock()
         self._marks = deque([(self._shown, done, 0)])
         self._tqdm: Any = None
-        if self._enabled and stream.isatty():
+        if self._enabled and terminal.shows_bars(stream):
             from tqdm import tqdm
 
             self._tqdm = tqdm(
@@ -108,23 +111,27 @@ class Bar:
         self._marks.append((now, self._done, self._images))
         while now - self._marks[1][0] > _WINDOW_SECONDS:
             self._marks.popleft()
-        parts = [
-            f"{self._done}/{self._total} updates",
-            f"{images_per_second:.0f} images/s",
-        ]
+        parts = {
+            "where": self._where,
+            "updates": f"{self._done}/{self._total} updates",
+            "rate": f"{images_per_second:.0f} images/s",
+        }
         if self._loss is not None:
-            parts.append(f"loss {self._loss:.4g}")
+            parts["loss"] = f"loss {self._loss:.4g}"
         if updates_per_second:
             left = (self._total - self._done) / updates_per_second
-            parts.append(f"{_duration(left)} left")
+            parts["left"] = f"{_duration(left)} left"
         if self._tqdm is None:
-            logger.info(
-                "%s", ", ".join([self._where, *parts] if self._where else parts)
-            )
+            logger.info("%s", ", ".join(filter(None, parts.values())))
             return
+        room = terminal.columns(self._tqdm.fp) - len("100%||") - _LEAST_BAR
+        for name in ("rate", "loss", "updates", "where"):
+            if len(", ".join(parts.values())) > room:
+                parts.pop(name, None)
+        where = parts.pop("where", "")
         self._tqdm.n = self._done
-        self._tqdm.set_description_str(self._where and f"{self._where} ", refresh=False)
-        self._tqdm.set_postfix_str(", ".join(parts), refresh=False)
+        self._tqdm.set_description_str(where and f"{where} ", refresh=False)
+        self._tqdm.set_postfix_str(", ".join(parts.values()), refresh=False)
         self._tqdm.refresh()
 
     def _rates(self, now: float) -> tuple[float, float]:
@@ -142,6 +149,7 @@ def passing(
     each: int,
     what: str,
     patience: float = 5.0,
+    interval: float = 60.0,
     enabled: bool = True,
 ) -> Iterator[T]:
     """Yields the batches of a pass over a set of images.
@@ -154,7 +162,8 @@ def passing(
       total: images of the set.
       each: images of a batch; the last one may have fewer.
       what: the pass is for.
-      patience: seconds before something is shown, and from one log line to the next.
+      patience: seconds before a bar is shown.
+      interval: seconds before a log line, and from one to the next.
       enabled: whether to show anything: one of several processes does.
     """
     from tqdm import tqdm
@@ -165,7 +174,7 @@ def passing(
         unit=" images",
         delay=patience,
         leave=False,
-        disable=None if enabled else True,
+        disable=not (enabled and terminal.shows_bars()),
     ) as bar:
         shown = time.monotonic()
         for number, batch in enumerate(batches, 1):
@@ -173,7 +182,7 @@ def passing(
             done = min(number * each, total)
             if not bar.disable:
                 bar.update(done - bar.n)
-            elif enabled and time.monotonic() - shown >= patience and done < total:
+            elif enabled and time.monotonic() - shown >= interval and done < total:
                 shown = time.monotonic()
                 logger.info("%s: %d/%d images", what, done, total)
 
