@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 from tqdm import tqdm
 
 from bsce_jax.data import decode, records
@@ -32,6 +31,8 @@ NAME = re.compile(r"[a-z][a-z0-9_]*")
 TAKEN = ("cifar100", "digits")  # the package's own data sets
 LEFT_OUT = "left_out.txt"  # in the data set's folder
 THREADS, AHEAD = 16, 64  # that read files, and files that may be in memory
+JPEG_START, PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 SMALL = 16  # pixels a side of what a decoded image is shrunk to
 SHOWN = 3  # files or classes named in a message
 
@@ -365,16 +366,24 @@ def problem(data: bytes, whole: bool = False) -> str:
       whole: whether they are decoded, as training does; else only their two ends are
         looked at, and only what does not end as it must is decoded.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-        end = b"IEND\xaeB`\x82" if image.format == "PNG" else b"\xff\xd9"
-        if whole or not data.endswith(end):
-            decode.test_crop(data, SMALL, resize=-1)
-    except Image.UnidentifiedImageError:
+    if not data.startswith((JPEG_START, PNG_START)):
         return "neither JPEG nor PNG"
-    except Exception as error:  # whatever a damaged file leads Pillow to
+    try:
+        decode.check_header(data)
+        if whole or not _ends_with_pixels(data):
+            decode.test_crop(data, SMALL, resize=-1)
+    except decode.DecodeError as error:
         return str(error)
     return ""
+
+
+def _ends_with_pixels(data: bytes) -> bool:
+    """Whether the end marker of a JPEG or PNG is its last, right behind its pixels."""
+    if data.startswith(JPEG_START):
+        return data.endswith(b"\xff\xd9")
+    at = data.rfind(b"IDAT")  # the name of a chunk, behind its length and before a CRC
+    length = int.from_bytes(data[at - 4 : at], "big")
+    return data[at + 4 + length + 4 :] == PNG_END
 
 
 def _some(names: Sequence[str], kind: str) -> str:
