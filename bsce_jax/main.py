@@ -58,10 +58,9 @@ def _run(config: Any, folder: Any, peers: Any, show_config: bool) -> int:
             print(plan)
         return 0
     logger.info("workdir %s", folder)
-    whole = (
-        "" if show_config else ", what differs from the defaults (all: --show_config)"
-    )
-    logger.info("configuration%s:", whole)
+    what = "all" if show_config else "what differs from the defaults"
+    more = "" if show_config else " or with --show_config"
+    logger.info("configuration, %s (whole in its results.json%s):", what, more)
     for line in hashes.listing(config, everything=show_config):
         logger.info("  %s", line)
     lock = contextlib.nullcontext() if follows else workdir.lock(folder)

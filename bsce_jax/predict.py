@@ -3,7 +3,6 @@
 import argparse
 import functools
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from PIL import Image
 
 from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel, steps
@@ -165,24 +163,16 @@ def read_image(path: str, shape: tuple[int, int, int], resize: int = -1) -> np.n
     Raises:
       UserError: it is missing or not an image.
     """
+    from bsce_jax.data import decode
+
     height, width, channels = shape
     try:
+        encoded = epath.Path(path).read_bytes()
         if resize >= 0:
-            from bsce_jax.data import decode
-
-            encoded = epath.Path(path).read_bytes()
             return decode.test_crop(encoded, height, resize=resize, channels=channels)
-        with warnings.catch_warnings():
-            # Of a size that decode.py takes; what it refuses, Pillow refuses too.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                converted = image.convert("L" if channels == 1 else "RGB")
-    # Whatever a damaged file leads the readers of Pillow to.
-    except Exception as error:
+        return decode.averaged(decode.whole(encoded, channels), height, width)
+    except Exception as error:  # of any file system, too
         raise UserError(f"image {path!r} cannot be read: {error}") from None
-    if converted.size != (width, height):
-        converted = converted.resize((width, height), Image.Resampling.BOX)
-    return np.asarray(converted, np.uint8).reshape(shape)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bsce_jax.data import decode
+from bsce_jax.data import decode, formats
 
 SIZE = 48
 SHRINK = (400 / 150, 0, 0, 0, 400 / 150, 0)  # bilinear, of the two nearest pixels
@@ -164,9 +164,9 @@ def test_crops_are_pillows(shape, subsampling):
 def test_scaled_decoding_keeps_the_crop_large_enough(shape, monkeypatch):
     """Decoded at 1/4 or 1/8, the least libjpeg has, and never below the target."""
     encoded, plans = encode(scene(*shape, grain=120)), []
-    inside = decode._inside
+    inside = formats.inside
     monkeypatch.setattr(
-        decode, "_inside", lambda *args: plans.append(args) or inside(*args)
+        formats, "inside", lambda *args: plans.append(args) or inside(*args)
     )
     pixels = decode.test_crop(encoded, SIZE, resize=50)
     ((decoded, box),) = plans
@@ -184,9 +184,9 @@ def test_rows_below_the_crop_are_left_out():
         whole = np.asarray(Image.open(io.BytesIO(encoded)))
         for seed in range(30):
             box = decode.sample_box(400, 100, np.random.default_rng(seed), (0.1, 0.3))
-            plan = decode._Plan(1, box, (box.height, box.width), (0, 0))
-            ours, _ = decode._jpeg(encoded, lambda *_, plan=plan: plan, 3)
-            np.testing.assert_array_equal(ours, decode._inside(whole, box))
+            plan = formats.Plan(1, box, (box.height, box.width), (0, 0))
+            ours, _ = formats._jpeg(encoded, lambda *_, plan=plan: plan, 3)
+            np.testing.assert_array_equal(ours, formats.inside(whole, box))
 
 
 def test_pixels_of_the_right_size_are_unchanged():

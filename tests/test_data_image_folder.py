@@ -1,13 +1,11 @@
 """Folders of class folders: what is stored, in which split, and what is refused."""
 
-import errno
 import io
 import os
 import pathlib
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -16,26 +14,9 @@ from PIL import Image
 from bsce_jax.data import prepare, records, source
 from bsce_jax.data.builders import image_folder, shards
 from bsce_jax.errors import UserError
+from tests.image_files import encode, make
 
 MODES = {"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "L", "RGBA", "P")}
-
-
-def encode(seed: int, kind: str = "JPEG", mode: str = "RGB") -> bytes:
-    """A small image of noise."""
-    rng = np.random.default_rng(seed)
-    pixels = rng.integers(0, 256, (9 + seed % 5, 12, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, kind)
-    return file.getvalue()
-
-
-def make(folder: pathlib.Path, classes: dict[str, int], kind: str = "JPEG") -> None:
-    """Writes folder/CLASS/0.jpg, ...: as many images of a class as it says."""
-    for name, count in classes.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            seed = sum(name.encode()) * 100 + i
-            (folder / name / f"{i}.{kind.lower()}").write_bytes(encode(seed, kind))
 
 
 def stored(root: pathlib.Path, name: str, split: str) -> dict[str, tuple[bytes, str]]:
@@ -110,26 +91,6 @@ def test_order_and_split_depend_on_names_and_seed_alone(tmp_path: pathlib.Path) 
     assert first[0] != sorted(first[0])
 
 
-@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.99])
-def test_the_share_is_that_of_every_class(fraction: float) -> None:
-    rng = np.random.default_rng(0)
-    sizes = np.array([2, 3, 10, 57, 1300])
-    labels = rng.permutation(np.repeat(np.arange(5), sizes))
-    keys = rng.permutation(len(labels)).astype(np.uint64)
-    held = image_folder.hold_out(labels, keys, fraction)
-    expected = np.clip(np.round(fraction * sizes), 1, sizes - 1)
-    np.testing.assert_array_equal(np.bincount(labels[held], minlength=5), expected)
-    for label in range(5):  # those of the lowest keys
-        own = labels == label
-        assert keys[own & held].max() < keys[own & ~held].min()
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.2, float("nan")])
-def test_a_share_out_of_range_is_refused(fraction: float) -> None:
-    with pytest.raises(UserError, match="--test_fraction=.*between 0 and 1"):
-        image_folder.hold_out(np.zeros(4, int), np.arange(4), fraction)
-
-
 def test_a_test_folder_is_a_split_of_its_own(tmp_path: pathlib.Path) -> None:
     make(tmp_path / "train", {"n01": 3, "n02": 3})
     make(tmp_path / "val", {"n02": 2, "n01": 1}, "PNG")
@@ -147,90 +108,6 @@ def test_a_test_folder_is_a_split_of_its_own(tmp_path: pathlib.Path) -> None:
         shutil.rmtree(root)
 
 
-def test_a_test_folder_of_other_classes_is_refused(tmp_path: pathlib.Path) -> None:
-    make(tmp_path / "train", {"a": 2, "b": 2})
-    make(tmp_path / "more", {"a": 1, "b": 1, "c": 1})
-    make(tmp_path / "less", {"a": 1})
-    for folder, message in (
-        ("more", r"--test=.*more: 1 class \(c\) not in --train"),
-        ("less", r"--test=.*less: 1 class \(b\) missing"),
-    ):
-        with pytest.raises(UserError, match=message):
-            image_folder.prepare(
-                "mine", tmp_path, tmp_path / "train", tmp_path / folder
-            )
-
-
-def scene(*files: str) -> Callable[[pathlib.Path], None]:
-    def write(folder: pathlib.Path) -> None:
-        for file in files:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes(encode(1))
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda folder: None, "--train=.*: no such folder"),
-        (scene(".hidden/a.jpg"), "--train=.*: no class folders in it"),
-        (scene("a.jpg", "b.jpg"), "--train=.*: no class folders in it"),
-        (scene("a/1.jpg", "b.jpg"), r"1 image \(b.jpg\) outside of the class"),
-        (scene("a/1.jpg", "b/.x"), r"1 class \(b\) without images"),
-        (scene("a/1.jpg", "a/2.bmp"), r"1 file \(a/2.bmp\) not ending in .jpeg, .*"),
-        (
-            scene("a/1.jpg", *(f"b/{i}.webp" for i in range(1200))),
-            r"1,200 files \(b/0.webp, b/1.webp, b/10.webp, \.{3}\) not .*--other_",
-        ),
-        (scene("a/1.jpg", "a/2.jpg", "b/1.jpg"), "single image; give --test"),
-    ],
-)
-def test_a_folder_that_does_not_fit_is_one_line(
-    tmp_path: pathlib.Path, write: Callable[[pathlib.Path], None], message: str
-) -> None:
-    write(tmp_path / "train")
-    with pytest.raises(UserError, match=message) as caught:
-        image_folder.prepare("mine", tmp_path / "data", tmp_path / "train")
-    assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "data").rglob("*"))
-
-
-@pytest.mark.parametrize("locked", ["train", "train/a", "train/a/deep", "val/b"])
-def test_a_folder_that_cannot_be_read_is_named(
-    tmp_path: pathlib.Path,
-    locked: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Instead of its images being left out; refused here, since root reads all."""
-    scene("train/a/1.jpg", "train/a/deep/2.jpg", "train/b/1.jpg")(tmp_path)
-    scene("val/a/1.jpg", "val/b/1.jpg")(tmp_path)
-    scandir = os.scandir
-
-    def refusing(path: str | int) -> Iterator[os.DirEntry[str]]:
-        if str(path) == str(tmp_path / locked):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
-    train, val = str(tmp_path / "train"), str(tmp_path / "val")
-    words = ["image_folder", "--name", "mine", "--data_dir", str(tmp_path / "data")]
-    assert prepare.main([*words, "--train", train, "--test", val]) == 2
-    given = f"--train={train}" if locked.startswith("train") else f"--test={val}"
-    said = f"error: {given}: {tmp_path / locked}: Permission denied\n"
-    assert capsys.readouterr().err == said
-    assert list((tmp_path / "data").iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["", "My", "my-birds", "../up", "digits", "cifar100"])
-def test_a_name_that_cannot_be_is_refused(tmp_path: pathlib.Path, name: str) -> None:
-    with pytest.raises(UserError, match="--name=.*expected lower-case letters"):
-        image_folder.prepare(name, tmp_path, tmp_path)
-    with pytest.raises(UserError, match="--test_name=.*expected a name"):
-        image_folder.prepare("mine", tmp_path, tmp_path, test_name="train")
-
-
 def test_other_files_can_be_left_out(tmp_path: pathlib.Path) -> None:
     make(tmp_path / "train", {"a": 3, "b": 3})
     expected = on_disk(tmp_path / "train")
@@ -238,22 +115,6 @@ def test_other_files_can_be_left_out(tmp_path: pathlib.Path) -> None:
     image_folder.prepare("mine", tmp_path, tmp_path / "train", skip_others=True)
     found = [stored(tmp_path, "mine", split) for split in ("train", "test")]
     assert found[0] | found[1] == expected
-
-
-def test_links_to_folders_are_followed_and_circles_are_not(
-    tmp_path: pathlib.Path,
-) -> None:
-    make(tmp_path / "elsewhere", {"a": 3, "b": 2})
-    (tmp_path / "train").mkdir()
-    for name in ("a", "b"):
-        (tmp_path / "train" / name).symlink_to(tmp_path / "elsewhere" / name)
-    (tmp_path / "elsewhere" / "a" / "circle").symlink_to(tmp_path / "elsewhere" / "a")
-    classes, files = image_folder.list_files(tmp_path / "train", "--train")
-    assert classes == ["a", "b"]
-    assert list(files.names) == [f"a/{i}.jpeg" for i in range(3)] + [
-        f"b/{i}.jpeg" for i in range(2)
-    ]
-    np.testing.assert_array_equal(files.labels, [0, 0, 0, 1, 1])
 
 
 def damaged(train: pathlib.Path) -> dict[str, str]:

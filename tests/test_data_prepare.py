@@ -204,3 +204,10 @@ def test_an_index_needs_a_data_set_whole_and_writable(
     assert prepare.main(words) == 2
     assert f"shard {records} is damaged or cut short" in capsys.readouterr().err
     assert not index.exists()
+
+
+def test_a_data_dir_that_cannot_be_is_one_line(tmp_path, capsys):
+    assert prepare.main(["digits", "--data_dir", str(tmp_path / ("a" * 300))]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --data_dir=") and said.count("\n") == 1
+    assert "File name too long" in said

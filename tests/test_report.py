@@ -296,6 +296,18 @@ def test_command_on_one_workdir(
     assert (output / "alpha.png").exists()
 
 
+def test_letters_that_the_font_has_not_are_no_warning(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are drawn as boxes; a warning is an error in the tests."""
+    monkeypatch.setitem(plots._STYLE, "figure.dpi", 40)
+    run = make_results(name="日本")
+    scripts = ["鳥", "🦉", "עברית", "ไทย", "हिन्दी", "বাংলা", "\x1b", "\u200f"]
+    run["class_names"] = scripts[: len(run["class_names"])]
+    plots.confusion_matrices([run], tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").exists()
+
+
 def test_command_refuses_an_output_that_is_a_file(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

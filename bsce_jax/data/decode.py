@@ -1,83 +1,66 @@
-"""Encoded images to uint8 crops of one size: what the decoding processes run.
+"""Encoded images to uint8 arrays: whole, or crops of one size.
 
-Only what a crop needs of a JPEG is decoded: at 1/2, 1/4 or 1/8 of its size where the
-crop stays as large as it is wanted (libjpeg's scaled inverse DCT), and no rows below
-the crop. All else (PNG, WebP, ...) is decoded whole with Pillow. Pixels are as they
-are stored: EXIF orientation and colour profiles are ignored, as PyTorch and tfds do,
-and transparency is dropped.
+Streamed and resident images, the check of files that are prepared and the prediction of
+new ones all decode here, with the readers of formats.py: a file is the same image, or
+none, for all of them. Transparency is dropped unless four channels are asked for.
 
-A resize is antialiased where it shrinks, bilinear where it enlarges, within about one
-grey level of Pillow's bilinear resize of the whole image.
+A crop's resize is antialiased where it shrinks, bilinear where it enlarges, within
+about one grey level of Pillow's bilinear resize of the whole image; of a JPEG only what
+the crop needs is decoded, at the least size that leaves the crop as large as wanted.
 """
 
-import io
 import math
-import threading
-import warnings
-from collections.abc import Callable
-from typing import NamedTuple
 
 import cv2
 import numpy as np
-import simplejpeg
 from PIL import Image
 
-# A pool of threads in every decoding process would only compete with the others, and
-# OpenCV's does not survive a fork.
-cv2.setNumThreads(1)
+from bsce_jax.data import formats
+from bsce_jax.data.formats import Box as Box
+from bsce_jax.data.formats import DecodeError as DecodeError
+from bsce_jax.data.formats import Plan
+from bsce_jax.data.formats import check_header as check_header
 
 ASPECT = (3 / 4, 4 / 3)  # width over height of a training crop
 TRIES = 10
-MAX_PIXELS = 2**28 * 2 // 3  # a larger image is refused; about Pillow's limit
-FORMATS = ("BMP", "GIF", "PNG", "PPM", "TIFF", "WEBP")  # beside JPEG
-# Rows decoded below the crop, so that its last ones have their neighbours' colours.
-MARGIN = 16
-# Complaint of libjpeg, once all is decoded, where rows were cut off, and of files with
-# bytes of no meaning before their end.
-LEFT_OVER = "extraneous bytes before marker 0xd9"
-# Complaints about segments that pixels do not depend on; nothing is decoded then.
-ODD_HEADERS = "unknown JFIF revision", "Unknown Adobe color", "bad ICC marker"
-_WARNINGS = threading.Lock()  # `warnings.catch_warnings` is not safe among threads
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of a number of channels
 
 
-class DecodeError(ValueError):
-    """The bytes are not a whole image; the message is a short reason."""
+def whole(encoded: bytes, channels: int) -> np.ndarray:
+    """Decodes all of an image.
 
+    Args:
+      encoded: a JPEG, or one of `formats.FORMATS`.
+      channels: 1, gray; 3, RGB; or 4, with transparency (255 where there is none).
 
-class Box(NamedTuple):
-    """A rectangle of an image, in pixels."""
+    Returns:
+      uint8 [H, W, channels], contiguous. 16 bits become their high byte.
 
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-class _Plan(NamedTuple):
-    """What is made of an image: a box of it is resized and a square is cut out.
-
-    `box` counts pixels of the image decoded at 1/scale of its size; it is resized to
-    (height, width) `shape`, and the square begins there at (top, left) `corner`.
+    Raises:
+      DecodeError: the bytes are truncated, damaged, or no image.
     """
 
-    scale: int
-    box: Box
-    shape: tuple[int, int]
-    corner: tuple[int, int]
+    def choose(height: int, width: int, largest: int) -> Plan:
+        return Plan(1, Box(0, 0, height, width), (height, width), (0, 0))
+
+    # Of a JPEG in colours the decoder would give its luma, which is not quite "L".
+    wanted = 3 if encoded.startswith(formats.JPEG) else channels
+    pixels, _ = formats.read(encoded, choose, wanted)
+    if pixels.shape[2] != channels:
+        pixels = np.asarray(_pillow(pixels).convert(MODES[channels]))
+    return np.ascontiguousarray(pixels.reshape(*pixels.shape[:2], channels))
 
 
-class _Frame(NamedTuple):
-    """What the header of a JPEG says."""
-
-    at: int  # offset of the height in the file
-    height: int
-    width: int
-    components: int
-    # All rows follow one another, without restart markers: the last can be cut off.
-    one_scan: bool
+def averaged(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes uint8 [h, w, Ch] to [height, width, Ch] by Pillow's box filter."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    image = _pillow(pixels).resize((width, height), Image.Resampling.BOX)
+    return np.asarray(image).reshape(height, width, pixels.shape[2])
 
 
-Choice = Callable[[int, int, int], _Plan]  # of a height, a width and the largest scale
+def _pillow(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def train_crop(
@@ -94,7 +77,7 @@ def train_crop(
     the pixels that are decoded.
 
     Args:
-      encoded: a JPEG, or one of `FORMATS`.
+      encoded: as in `whole`.
       size: height and width of the result.
       rng: decides the rectangle, see `sample_box`.
       area: least and largest share of the image's area.
@@ -107,13 +90,13 @@ def train_crop(
       DecodeError: the bytes are truncated, damaged, or no image.
     """
 
-    def choose(height: int, width: int, largest: int) -> _Plan:
+    def choose(height: int, width: int, largest: int) -> Plan:
         box = sample_box(height, width, rng, area)
         scale = _scale(min(box.height, box.width), size, largest)
         top, bottom = round(box.top / scale), round((box.top + box.height) / scale)
         left, right = round(box.left / scale), round((box.left + box.width) / scale)
         box = Box(top, left, bottom - top, right - left)
-        return _Plan(scale, box, (size, size), (0, 0))
+        return Plan(scale, box, (size, size), (0, 0))
 
     return _crop(encoded, choose, size, channels)
 
@@ -142,17 +125,17 @@ def test_crop(
     if shorter < size and resize != -1:
         raise ValueError(f"resize: {resize} is not allowed, {size} (size) or more is")
 
-    def choose(height: int, width: int, largest: int) -> _Plan:
+    def choose(height: int, width: int, largest: int) -> Plan:
         scale = _scale(min(height, width), max(shorter, size), largest)
         if resize == -1:
-            return _Plan(scale, Box(0, 0, height, width), (size, size), (0, 0))
+            return Plan(scale, Box(0, 0, height, width), (size, size), (0, 0))
         sides = []
         for side in (height, width):
             resized = shorter * side // min(height, width)
             start = round((resized - size) / 2)
             sides.append(_aligned(side / scale, resized, start, start + size))
         (top, rows, height, y), (left, columns, width, x) = sides
-        return _Plan(scale, Box(top, left, rows, columns), (height, width), (y, x))
+        return Plan(scale, Box(top, left, rows, columns), (height, width), (y, x))
 
     return _crop(encoded, choose, size, channels)
 
@@ -232,139 +215,18 @@ def _aligned(
     return begin, max(end - begin, 1), last - first, start - first
 
 
-def _crop(encoded: bytes, choose: Choice, size: int, channels: int) -> np.ndarray:
+def _crop(
+    encoded: bytes, choose: formats.Choice, size: int, channels: int
+) -> np.ndarray:
     """Decodes, resizes and cuts out what choose(height, width, largest scale) says."""
     if channels not in (1, 3):
         raise ValueError(f"channels: {channels} is not allowed, 1 and 3 are")
-    decode = _jpeg if encoded.startswith(b"\xff\xd8") else _other
-    pixels, plan = decode(encoded, choose, channels)
+    pixels, plan = formats.read(encoded, choose, channels)
+    if math.prod(plan.shape) > formats.MAX_PIXELS:
+        raise DecodeError("too large: {}x{} pixels once resized".format(*plan.shape))
     pixels = _resize(pixels, *plan.shape)
     top, left = plan.corner
     return _channels(pixels[top : top + size, left : left + size], channels)
-
-
-def _jpeg(encoded: bytes, choose: Choice, channels: int) -> tuple[np.ndarray, _Plan]:
-    """Decodes the box that is chosen of a JPEG; uint8 [h, w, 1 or 3]."""
-    frame = _frame(encoded)
-    # The decoder would not miss it where it needs only the first rows.
-    if encoded.rfind(b"\xff\xd9", frame.at) < 0:
-        raise DecodeError("truncated JPEG: it has no end marker")
-    plan = choose(frame.height, frame.width, 8)
-    box, scale = plan.box, plan.scale
-    rows = min(frame.height, (box.top + box.height) * scale + MARGIN)
-    if rows < frame.height and frame.one_scan:
-        at = frame.at
-        cut = b"".join((encoded[:at], rows.to_bytes(2, "big"), encoded[at + 2 :]))
-    else:
-        cut, rows = encoded, frame.height
-    space, depth = "RGB", 3
-    if frame.components == 4:
-        space, depth = "CMYK", 4
-    elif frame.components == 1 or channels == 1:
-        space, depth = "GRAY", 1
-    pixels = np.empty((-(-rows // scale), -(-frame.width // scale), depth), np.uint8)
-    try:
-        simplejpeg.decode_jpeg(
-            cut,
-            space,
-            min_height=pixels.shape[0],
-            min_width=pixels.shape[1],
-            min_factor=scale,
-            buffer=pixels,
-        )
-    except ValueError as error:
-        reason = str(error)  # libjpeg's first complaint
-        if any(odd in reason for odd in ODD_HEADERS):
-            pixels = _jpeg_with_odd_header(encoded, scale, gray=depth == 1)
-        elif LEFT_OVER not in reason:
-            raise DecodeError(f"damaged JPEG: {reason}") from error
-    pixels = _inside(pixels, box)
-    return (_rgb_of_cmyk(pixels) if pixels.shape[2] == 4 else pixels), plan
-
-
-def _jpeg_with_odd_header(encoded: bytes, scale: int, gray: bool) -> np.ndarray:
-    """Decodes with Pillow what simplejpeg refuses, and shrinks; uint8 [h, w, Ch]."""
-    image = _opened(encoded, ("JPEG",)).convert("L" if gray else "RGB")
-    shape = -(-image.width // scale), -(-image.height // scale)
-    pixels = cv2.resize(np.asarray(image), shape, interpolation=cv2.INTER_AREA)
-    return pixels[..., None] if gray else pixels
-
-
-def _inside(pixels: np.ndarray, box: Box) -> np.ndarray:
-    """Returns the box of [h, w, ...]."""
-    rows = slice(box.top, box.top + box.height)
-    return pixels[rows, box.left : box.left + box.width]
-
-
-def _frame(encoded: bytes) -> _Frame:
-    """Reads the segments of a JPEG up to its first scan."""
-    at, frame, restarts = 2, None, False
-    try:
-        while True:
-            if encoded[at] != 0xFF:
-                raise DecodeError("damaged JPEG: no marker where one must be")
-            marker = encoded[at + 1]
-            if marker == 0xFF:  # padding
-                at += 1
-                continue
-            if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-                height, width = _uint16(encoded, at + 5), _uint16(encoded, at + 7)
-                sequential = marker in (0xC0, 0xC1)
-                frame = _Frame(at + 5, height, width, encoded[at + 9], sequential)
-            elif marker == 0xDD:
-                restarts = _uint16(encoded, at + 4) > 0
-            elif marker == 0xDA:
-                break
-            at += 2 + _uint16(encoded, at + 2)
-        scanned = encoded[at + 4]
-    except IndexError as error:
-        raise DecodeError("truncated JPEG: its header is not whole") from error
-    if frame is None or 0 in frame[1:4] or frame.components not in (1, 3, 4):
-        raise DecodeError("damaged JPEG: its header has no size or number of colours")
-    if frame.height * frame.width > MAX_PIXELS:
-        raise DecodeError(f"too large: {frame.height}x{frame.width} pixels")
-    one_scan = frame.one_scan and not restarts and scanned == frame.components
-    return frame._replace(one_scan=one_scan)
-
-
-def _uint16(encoded: bytes, at: int) -> int:
-    return encoded[at] << 8 | encoded[at + 1]
-
-
-def _rgb_of_cmyk(pixels: np.ndarray) -> np.ndarray:
-    """Converts [h, w, 4], stored inverted as all programs store it, to [h, w, 3]."""
-    colours, black = pixels[..., :3].astype(np.uint16), pixels[..., 3:]
-    return ((colours * black + 127) // 255).astype(np.uint8)
-
-
-def _other(encoded: bytes, choose: Choice, channels: int) -> tuple[np.ndarray, _Plan]:
-    """Decodes the box that is chosen of another image; uint8 [h, w, 1 or 3]."""
-    image = _opened(encoded)
-    plan = choose(image.height, image.width, 1)
-    if image.mode.startswith("I;16"):
-        pixels = (_inside(np.asarray(image), plan.box) >> 8).astype(np.uint8)
-        return pixels[..., None], plan
-    if image.mode in ("I", "F"):
-        raise DecodeError("its pixels have 32 bits: 8 or 16 are needed")
-    image.info.pop("transparency", None)  # Pillow would warn that it is dropped
-    gray = channels == 1 or image.mode in ("1", "L", "LA", "La")
-    pixels = _inside(np.array(image.convert("L" if gray else "RGB")), plan.box)
-    return (pixels[..., None] if gray else pixels), plan
-
-
-def _opened(encoded: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """Reads a whole image with Pillow."""
-    try:
-        with _WARNINGS, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(encoded), formats=formats)
-        image.load()
-    except Image.UnidentifiedImageError as error:
-        raise DecodeError("not an image of a known format") from error
-    # Whatever a damaged file leads the readers of Pillow to.
-    except Exception as error:
-        raise DecodeError(f"damaged image: {error}") from error
-    return image
 
 
 def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for flag, what in (
         ("--corrupt", "files that are no whole images"),
-        ("--other_files", "files other than .jpg, .jpeg and .png"),
+        ("--other_files", "what is no .jpg, .jpeg or .png file"),
     ):
         choices = ["refuse", "skip"]
         folder.add_argument(flag, choices=choices, default="refuse", help=what)
@@ -225,6 +225,7 @@ def _cifar100(options: argparse.Namespace) -> str:
 def _image_folder(options: argparse.Namespace) -> str:
     if options.test and options.test_fraction is not None:
         raise UserError("--test_fraction: not allowed beside --test")
+    image_folder.check_name(options.name)
     root = source.root(options.data_dir)
 
     def run() -> pathlib.Path:
@@ -253,6 +254,11 @@ def _prepared(
     root: pathlib.Path, name: str, version: Any, run: Callable[[], pathlib.Path]
 ) -> str:
     """Prepares what is not there yet, and says so."""
+    folder = root / name / str(version)
+    try:
+        before = folder.is_dir()
+    except OSError as error:  # no such path can be
+        raise UserError(f"--data_dir={str(root)!r}: {error.strerror}") from error
     for path in sorted(root.glob(f".{glob.escape(name)}-*")):
         # Not removed: whether its owner is at work, on any machine, cannot be told.
         print(
@@ -260,8 +266,7 @@ def _prepared(
             "if none is, remove it",
             file=sys.stderr,
         )
-    folder = root / name / str(version)
-    if folder.is_dir():
+    if before:
         return f"{name} was prepared before in {folder}: nothing is done"
     return f"{name} is prepared in {run()}"
 

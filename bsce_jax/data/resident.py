@@ -1,21 +1,18 @@
 """A small data set (CIFAR-100, digits) whole in memory, and choices of its images."""
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from bsce_jax import terminal
-from bsce_jax.data import source
+from bsce_jax.data import decode, source
 from bsce_jax.errors import UserError, field_error
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # PIL's name of a number of channels
 # Pillow decodes without the interpreter lock, but around a very small image threads
 # only fight for it: measured, two are slower than one for 32x32 PNG (2 kB), as fast
 # for 64x64 JPEG (3 kB) and faster for all that is larger.
@@ -50,18 +47,18 @@ def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arra
     pairs, info = source.open_encoded(name, split, data_dir)
     if not pairs:
         raise UserError(f"split {split!r} of {name} is empty")
-    mode = _mode(info)
+    channels = _channels(info)
     encoded, _ = pairs[0]
 
-    def decode(row: int, encoded: bytes) -> np.ndarray:
+    def image_of(row: int, encoded: bytes) -> np.ndarray:
         try:
-            return _decode(encoded, mode, image_size)
-        except (OSError, SyntaxError) as error:  # what Pillow raises
+            return _averaged(decode.whole(encoded, channels), image_size)
+        except decode.DecodeError as error:
             raise UserError(
                 f"image {pairs.name(row)} of {name} cannot be decoded: {error}"
             ) from None
 
-    first = decode(0, encoded)
+    first = image_of(0, encoded)
     images = np.empty((len(pairs), *first.shape), np.uint8)
     labels = np.empty(len(pairs), np.int32)
     digests: dict[int, bytes] = {}  # of each piece, by its first row
@@ -71,7 +68,7 @@ def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arra
         for row, pair in zip(rows, pairs.__getitems__(rows), strict=True):
             read_bytes.update(b"%d %d " % (pair[1], len(pair[0])))
             read_bytes.update(pair[0])
-            image = decode(row, pair[0])
+            image = image_of(row, pair[0])
             if image.shape != first.shape:
                 raise UserError(
                     f"images of {name} differ in size ({first.shape[:2]} and "
@@ -89,16 +86,16 @@ def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arra
     return Arrays(images, labels, whole.hexdigest())
 
 
-def _mode(info: Any) -> str:
-    """Returns Pillow's mode for the images of a data set."""
+def _channels(info: Any) -> int:
+    """Returns the number of channels of a data set's images."""
     feature = info.features[source.feature_names(info)[0]]
     channels = feature.shape[-1]
-    if feature.np_dtype != np.uint8 or channels not in MODES:
+    if feature.np_dtype != np.uint8 or channels not in decode.MODES:
         raise UserError(
             f"images of {info.name} are {np.dtype(feature.np_dtype)} with {channels} "
             "channels: uint8 with 1, 3 or 4 is needed"
         )
-    return MODES[channels]
+    return channels
 
 
 def _chunks(count: int) -> list[range]:
@@ -125,22 +122,18 @@ def _run(
             raise
 
 
-def _decode(encoded: bytes, mode: str, image_size: int) -> np.ndarray:
-    """Decodes PNG or JPEG bytes to uint8 [H, W, Ch]."""
-    image: Image.Image = Image.open(io.BytesIO(encoded))
-    if image.mode != mode:
-        image = image.convert(mode)
-    if image_size and image.size != (image_size, image_size):
-        if image_size > min(image.size):
-            raise field_error(
-                "data.image_size",
-                image_size,
-                f"no more than images of {image.height}x{image.width} have, which are "
-                "never enlarged",
-            )
-        image = image.resize((image_size, image_size), Image.Resampling.BOX)
-    pixels = np.asarray(image)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+def _averaged(image: np.ndarray, image_size: int) -> np.ndarray:
+    """Averages [H, W, Ch] down to a square; image_size 0 keeps it."""
+    if not image_size:
+        return image
+    height, width, _ = image.shape
+    if image_size > min(height, width):
+        raise field_error(
+            "data.image_size",
+            image_size,
+            f"no more than images of {height}x{width} have, which are never enlarged",
+        )
+    return decode.averaged(image, image_size, image_size)
 
 
 def subset(labels: np.ndarray, per_class: int) -> np.ndarray:

@@ -8,6 +8,7 @@ readers can tell apart, and a grey; runs differ in marker and line style too.
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -217,7 +218,9 @@ def canvas(
     Raises:
       UserError: it cannot be written.
     """
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Of a class's name in letters that the font has not: they are drawn as boxes.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font")
         matplotlib.rcdefaults()  # not the reader's own settings
         matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=size, layout=layout)

@@ -101,7 +101,11 @@ class Monitor:
         assert self._bar is not None and self._timeline is not None
         found = {n: result[n] for n in tables.COLUMNS if result[n] is not None}
         self._timeline.scalars(update, {f"test/{k}": v for k, v in found.items()})
-        accuracies = [f"{tables.COLUMNS[n]} {value:.2f}" for n, value in found.items()]
+        accuracies = [
+            f"{tables.COLUMNS[name]} {value:.2f}"
+            for name, value in found.items()
+            if name != "top5"  # a line is for 80 columns
+        ]
         parts = [f"{result['num_seen']} classes", *accuracies]
         self._bar.note(f"step {step}/{self._steps - 1}: {', '.join(parts)}")
 

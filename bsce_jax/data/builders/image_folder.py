@@ -7,45 +7,33 @@ any file is read, so each is read once and written once, as it is.
 
 import collections
 import functools
-import hashlib
 import io
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 from tqdm import tqdm
 
 from bsce_jax.data import decode, records
-from bsce_jax.data.builders import arrays
+from bsce_jax.data.builders import arrays, class_folders
+from bsce_jax.data.builders.class_folders import Files, some
 from bsce_jax.data.builders.shards import Shards
 from bsce_jax.errors import UserError
 
 VERSION = "1.0.0"
-ENDINGS = (".jpeg", ".jpg", ".png")
-NAME = re.compile(r"[a-z][a-z0-9_]*")
+# Short enough to be part of the names of folders and files.
+NAME = re.compile(r"[a-z][a-z0-9_]{0,99}")
 TAKEN = ("cifar100", "digits")  # the package's own data sets
 LEFT_OUT = "left_out.txt"  # in the data set's folder
 THREADS, AHEAD = 16, 64  # that read files, and files that may be in memory
+JPEG_START, PNG_START = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 SMALL = 16  # pixels a side of what a decoded image is shrunk to
-SHOWN = 3  # files or classes named in a message
-
-
-class Files(NamedTuple):
-    """Images of a split: names relative to the folder, labels int32 [N]."""
-
-    folder: pathlib.Path
-    names: Sequence[str]
-    labels: np.ndarray
-
-    def take(self, rows: np.ndarray) -> "Files":
-        """The files at these indices, in this order."""
-        return Files(self.folder, [self.names[i] for i in rows], self.labels[rows])
 
 
 def prepare(
@@ -84,21 +72,20 @@ def prepare(
       UserError: a name or folder is not as described, files are no images, or the
         data set cannot be written.
     """
-    if not NAME.fullmatch(name) or name in TAKEN:
-        raise UserError(
-            f"--name={name!r}: expected lower-case letters, digits and _, and none of "
-            f"{', '.join(TAKEN)}"
-        )
+    check_name(name)
     test_name = test_name or ("validation" if name == "imagenet2012" else "test")
     if not NAME.fullmatch(test_name) or test_name in ("train", "all"):
-        raise UserError(f"--test_name={test_name!r}: expected a name such as test")
+        raise UserError(
+            f"--test_name={_start(test_name)}: expected a name such as test"
+        )
 
     def write(scratch: pathlib.Path) -> pathlib.Path:
-        classes, splits = _splits(
+        classes, splits = class_folders.splits(
             train, test, test_name, test_fraction, seed, skip_others
         )
         folder = scratch / VERSION
         folder.mkdir()
+        check_class_names(classes, folder, f"--train={class_folders.shown(str(train))}")
         read = functools.partial(_read, whole=decode_all)
         _write(folder, name, classes, splits, read, skip_corrupt)
         return folder
@@ -106,147 +93,50 @@ def prepare(
     return arrays.publish(name, VERSION, root, write)
 
 
-def _splits(
-    train: str | pathlib.Path,
-    test: str | pathlib.Path,
-    test_name: str,
-    fraction: float,
-    seed: int,
-    skip_others: bool,
-) -> tuple[list[str], dict[str, Files]]:
-    """Class names, and the files of each split in the order on disk."""
-    classes, files = list_files(train, "--train", skip_others)
-    keys = _keys(files.names, seed)
-    in_order = np.argsort(keys, kind="stable")
-    if not test:
-        held = hold_out(files.labels, keys, fraction)[in_order]
-        kept, rest = files.take(in_order[~held]), files.take(in_order[held])
-        return classes, {"train": kept, test_name: rest}
-    found, others = list_files(test, "--test", skip_others)
-    if extra := sorted(set(found) - set(classes)):
-        raise UserError(f"--test={test}: {_some(extra, 'class')} not in --train")
-    if extra := sorted(set(classes) - set(found)):
-        raise UserError(f"--test={test}: {_some(extra, 'class')} missing")
-    rest = others.take(np.argsort(_keys(others.names, seed), kind="stable"))
-    return classes, {"train": files.take(in_order), test_name: rest}
-
-
-def list_files(
-    folder: str | pathlib.Path, argument: str, skip_others: bool = False
-) -> tuple[list[str], Files]:
-    """Lists the class folders of a folder and the images in them; reads none.
-
-    Hidden files and folders do not count; links to folders are followed.
-
-    Args:
-      folder: of class folders.
-      argument: what messages call it.
-      skip_others: whether files without an image's ending are passed over.
-
-    Returns:
-      sorted class names, and the images sorted by class and name.
+def check_name(name: str) -> None:
+    """Makes sure that a data set may have this name.
 
     Raises:
-      UserError: a folder that cannot be read, no class folders, one without images,
-        images outside of them, or files that are no images.
+      UserError: it may not.
     """
-    root = pathlib.Path(folder).expanduser()
-    names: list[str] = []
-    counts, others, empty = [], [], []
-    try:
-        classes = _class_folders(root, f"{argument}={folder}")
-        for name in tqdm(classes, desc=f"{argument[2:]} classes", disable=None):
-            found = sorted(_walk(root, name))
-            images = [file for file in found if _is_image(file)]
-            others += [file for file in found if not _is_image(file)]
-            empty += [] if images else [name]
-            names += images
-            counts.append(len(images))
-    except OSError as error:
+    if not NAME.fullmatch(name) or name in TAKEN:
         raise UserError(
-            f"{argument}={folder}: {error.filename}: {error.strerror}"
-        ) from error
-    if others and not skip_others:
-        raise UserError(
-            f"{argument}={folder}: {_some(others, 'file')} not ending in "
-            f"{', '.join(ENDINGS)}; convert or remove, or leave out with "
-            "--other_files skip"
+            f"--name={_start(name)}: expected lower-case letters, digits and _, "
+            f"100 at most, and none of {', '.join(TAKEN)}"
         )
-    if empty:
-        raise UserError(f"{argument}={folder}: {_some(empty, 'class')} without images")
-    return classes, Files(root, names, np.repeat(np.arange(len(counts)), counts))
 
 
-def _class_folders(root: pathlib.Path, given: str) -> list[str]:
-    """Sorted names of the class folders; `given` is what messages call root."""
-    if not root.is_dir():
-        raise UserError(f"{given}: no such folder")
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
-    if not classes:
-        raise UserError(f"{given}: no class folders in it")
-    loose = [e.name for e in entries if _is_image(e.name) and not e.is_dir()]
-    if loose:
-        shown = _some(sorted(loose), "image")
-        raise UserError(f"{given}: {shown} outside of the class folders")
-    return classes
+def _start(name: str) -> str:
+    return repr(name) if len(name) <= 100 else f"{name[:100]!r}..."
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(ENDINGS)
-
-
-def _walk(root: pathlib.Path, name: str) -> Iterator[str]:
-    """Yields the files under a class folder, relative to root."""
-
-    def refuse(error: OSError) -> None:  # os.walk would pass over the folder
-        raise error
-
-    seen = set()
-    for folder, inner, files in os.walk(root / name, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above
-            inner.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        inner[:] = [entry for entry in inner if not entry.startswith(".")]
-        below = os.path.relpath(folder, root)
-        yield from (f"{below}/{file}" for file in files if not file.startswith("."))
-
-
-def _keys(names: Sequence[str], seed: int) -> np.ndarray:
-    """Hashes of the files' names, uint64 [N]: they decide order and split."""
-    keys = np.empty(len(names), np.uint64)
-    for i, name in enumerate(names):
-        digest = hashlib.blake2b(os.fsencode(f"{seed}/{name}"), digest_size=8).digest()
-        keys[i] = int.from_bytes(digest, "big")
-    return keys
-
-
-def hold_out(labels: np.ndarray, keys: np.ndarray, fraction: float) -> np.ndarray:
-    """Marks the test images: of every class the share with the lowest keys.
+def check_class_names(classes: Sequence[str], folder: pathlib.Path, given: str) -> None:
+    """Makes sure that tfds reads the names of classes as it writes them.
 
     Args:
-      labels: int [N], each class from 0 to the largest at least once.
-      keys: uint64 [N].
-      fraction: above 0 and below 1; rounded per class, but never to none or all.
-
-    Returns:
-      bool [N].
+      classes: the names.
+      folder: in which they are written.
+      given: what messages call the folder of class folders.
 
     Raises:
-      UserError: fraction is out of range, or a class has a single image.
+      UserError: names the folders whose names do not come back.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"--test_fraction={fraction}: expected between 0 and 1")
-    counts = np.bincount(labels)
-    if counts.min() < 2:
-        raise UserError("--test_fraction: a class has a single image; give --test")
-    held = np.zeros(len(labels), bool)
-    rows = np.lexsort((keys, labels))
-    for own in np.split(rows, np.cumsum(counts)[:-1]):
-        held[own[: min(max(1, round(fraction * len(own))), len(own) - 1)]] = True
-    return held
+    if not _come_back(classes, folder):
+        lost = [repr(name) for name in classes if not _come_back([name], folder)]
+        raise UserError(
+            f"{given}: {some(lost, 'class')} whose name the file of names would "
+            "not give back; rename: UTF-8, no line break, no blank at an end"
+        )
+
+
+def _come_back(classes: Sequence[str], folder: pathlib.Path) -> bool:
+    written, read = tfds.features.ClassLabel(names=classes), tfds.features.ClassLabel()
+    try:
+        written.save_metadata(folder, "label")
+        read.load_metadata(folder, "label")
+    except ValueError:  # cannot be encoded, or one name twice
+        return False
+    return read.names == list(classes)
 
 
 def _write(
@@ -274,16 +164,16 @@ def _write(
         infos.append(info)
         empty = np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)
         if len(empty) and (skip_corrupt or not bad):
-            shown = _some([classes[int(i)] for i in empty], "class")
-            raise UserError(f"{shown} without a whole image in {split}")
+            named = some([classes[int(i)] for i in empty], "class")
+            raise UserError(f"{named} without a whole image in {split}")
         records.write_index(folder, split, labels)
     if bad and not skip_corrupt:
         raise UserError(
-            f"no whole JPEG or PNG image: {_some(bad, 'file')}; repair or remove, or "
+            f"no whole JPEG or PNG image: {some(bad, 'file')}; repair or remove, or "
             "leave out with --corrupt skip"
         )
     if bad:
-        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in bad))
+        (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in bad), "utf-8")
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=features,
@@ -315,14 +205,16 @@ def _write_split(
         paths = (files.folder / name for name in files.names)
         for i, (data, problem) in enumerate(_ahead(pool, read, paths)):
             bar.update()
-            shown = os.fsencode(files.names[i]).decode(errors="replace")
             if problem:
-                bad.append(f"{shown} ({problem})")
+                named = class_folders.shown(files.names[i])
+                bad.append(f"{named} ({problem})")
                 bar.set_postfix_str(f"{len(bad)} unusable")
             elif skip_corrupt or not bad:
                 label = int(files.labels[i])
+                file_name = os.fsencode(files.names[i]).decode(errors="replace")
                 example = {"image": io.BytesIO(data), "label": label}
-                shards.add(features.serialize_example(example | {"file_name": shown}))
+                example |= {"file_name": file_name}
+                shards.add(features.serialize_example(example))
                 labels.append(label)
     lengths = shards.close()
     info = tfds.core.SplitInfo(
@@ -365,20 +257,21 @@ def problem(data: bytes, whole: bool = False) -> str:
       whole: whether they are decoded, as training does; else only their two ends are
         looked at, and only what does not end as it must is decoded.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-        end = b"IEND\xaeB`\x82" if image.format == "PNG" else b"\xff\xd9"
-        if whole or not data.endswith(end):
-            decode.test_crop(data, SMALL, resize=-1)
-    except Image.UnidentifiedImageError:
+    if not data.startswith((JPEG_START, PNG_START)):
         return "neither JPEG nor PNG"
-    except Exception as error:  # whatever a damaged file leads Pillow to
+    try:
+        decode.check_header(data)
+        if whole or not _ends_with_pixels(data):
+            decode.test_crop(data, SMALL, resize=-1)
+    except decode.DecodeError as error:
         return str(error)
     return ""
 
 
-def _some(names: Sequence[str], kind: str) -> str:
-    """Names the first few of many: "4 files (a, b, c, ...)"."""
-    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    plural = "" if len(names) == 1 else "es" if kind.endswith("s") else "s"
-    return f"{len(names):,} {kind}{plural} ({shown})"
+def _ends_with_pixels(data: bytes) -> bool:
+    """Whether the end marker of a JPEG or PNG is its last, right behind its pixels."""
+    if data.startswith(JPEG_START):
+        return data.endswith(b"\xff\xd9")
+    at = data.rfind(b"IDAT")  # the name of a chunk, behind its length and before a CRC
+    length = int.from_bytes(data[at - 4 : at], "big")
+    return data[at + 4 + length + 4 :] == PNG_END
