@@ -2,8 +2,10 @@
 
 import argparse
 import functools
+import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from bsce_jax import terminal
@@ -20,10 +22,13 @@ from ml_collections import ConfigDict
 from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel, steps
 from bsce_jax.compute.state import Batch, Network, StepContext
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, printable
 from bsce_jax.report.results import read
-from bsce_jax.run import programs
+from bsce_jax.run import dataset, programs
 from bsce_jax.run.context import test_context
+
+SHOWN = 3  # classes of an image
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Prediction(NamedTuple):
@@ -176,32 +181,180 @@ def read_image(path: str, shape: tuple[int, int, int], resize: int = -1) -> np.n
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints `path: class (probability)` for each image; returns the exit status."""
+    """Prints a table of predictions, or JSON; returns the exit status.
+
+    0, or 2 after a mistake; of several images all that can be read are predicted.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        predictor = load(given.workdir, given.step)
+        if given.images:
+            paths = [path for image in given.images for path in _files(image)]
+            found = _of_files(predictor, paths)
+        else:
+            paths, found = _of_test_images(given.workdir, predictor)
+        show = _show_json if given.json else _show_table
+        unread = show(predictor, paths, found)
+    except UserError as error:
+        print(f"bsce_jax: {error}", file=sys.stderr)
+        return 2
+    return 2 if unread else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bsce_jax.predict", description=__doc__
     )
     parser.add_argument("workdir", help="folder of a run")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file")
+    parser.add_argument(
+        "images",
+        nargs="*",
+        metavar="IMAGE",
+        help="image files, or folders of them; none: some test images of the run's "
+        "data set, whose class is known",
+    )
     parser.add_argument("--step", type=int, default=-1, help="step (default: newest)")
-    given = parser.parse_args(arguments)
-    try:
-        predictor = load(given.workdir, given.step)
-        size = predictor.batch_size
-        for first in range(0, len(given.images), size):
-            _print_classes(predictor, given.images[first : first + size])
-    except UserError as error:
-        print(f"bsce_jax: {error}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help=f"a list of {{file, class, probability, best: the {SHOWN} likeliest}}",
+    )
+    return parser
 
 
-def _print_classes(predictor: Predictor, paths: Sequence[str]) -> None:
-    images = [
-        read_image(path, predictor.image_shape, predictor.resize) for path in paths
-    ]
-    found = predictor(np.stack(images))
-    for path, name, row in zip(paths, found.names, found.probabilities, strict=True):
-        print(f"{path}: {name} ({row.max():.3f})", flush=True)
+class Classified(NamedTuple):
+    """An image that was shown to the network.
+
+    Attributes:
+      file: its name.
+      probabilities: float32 [classes seen].
+      true: its class, where that is known.
+    """
+
+    file: str
+    probabilities: np.ndarray
+    true: str = ""
+
+
+def _files(path: str) -> list[str]:
+    """The file, or all images in a folder and in its folders, in order.
+
+    Raises:
+      UserError: there are none.
+    """
+    folder = epath.Path(path)
+    if not folder.is_dir():
+        return [path]
+    found = sorted(
+        os.fspath(where / name)
+        for where, _, names in folder.walk()
+        for name in names
+        if epath.Path(name).suffix.lower() in SUFFIXES
+    )
+    if not found:
+        raise UserError(f"no image in the folder {path!r}: {', '.join(SUFFIXES)}")
+    return found
+
+
+def _of_files(
+    predictor: Predictor, paths: Sequence[str]
+) -> Iterator[Classified | UserError]:
+    """Predictions of image files, or why a file cannot be read, in order."""
+    for first in range(0, len(paths), predictor.batch_size):
+        read: list[np.ndarray | UserError] = []
+        for path in paths[first : first + predictor.batch_size]:
+            try:
+                read.append(read_image(path, predictor.image_shape, predictor.resize))
+            except UserError as error:
+                read.append(error)
+        images = [image for image in read if isinstance(image, np.ndarray)]
+        rows = iter(predictor(np.stack(images)).probabilities if images else ())
+        for path, image in zip(paths[first:], read, strict=False):
+            if isinstance(image, UserError):
+                yield image
+            else:
+                yield Classified(path, next(rows))
+
+
+def _of_test_images(
+    workdir: str, predictor: Predictor, count: int = 10
+) -> tuple[list[str], Iterator[Classified | UserError]]:
+    """Names and predictions of test images of the run's data set, spread evenly.
+
+    Raises:
+      UserError: the data set is not here, or another.
+    """
+    results = read(workdir)
+    config = _nested(results["config"])
+    data = dataset.load(config)
+    if changed := dataset.difference(results["data"], dataset.facts(data)):
+        raise UserError(f"{workdir}: its data set has changed: {changed}")
+    seen = np.flatnonzero(data.test_labels < len(predictor.class_names))
+    chosen = seen[np.linspace(0, len(seen) - 1, min(count, len(seen))).astype(int)]
+    names = [f"{data.test.name} {record}" for record in data.test.records[chosen]]
+    images = dataset.test_images(config, data, chosen)
+    found = predictor(images).probabilities
+    true = [predictor.class_names[label] for label in data.test_labels[chosen]]
+    return names, map(Classified, names, found, true)
+
+
+def _show_table(
+    predictor: Predictor, paths: Sequence[str], found: Iterable[Classified | UserError]
+) -> int:
+    """Prints a line as soon as an image is predicted; returns how many are unread."""
+    names = [printable(name) for name in predictor.class_names]
+    wide = max(len("class"), *map(len, names))
+    file_wide = max(len("file"), *(len(printable(path)) for path in paths))
+    unread, header = 0, False
+    for one in found:
+        if isinstance(one, UserError):
+            sys.stdout.flush()
+            print(f"bsce_jax: {one}", file=sys.stderr)
+            unread += 1
+            continue
+        if not header:
+            true = f"{'true':{wide}}  " if one.true else ""
+            ranks = f"{'class':{wide}}  probability"
+            more = [f"{name:{wide + 6}}" for name in ("second", "third")]
+            line = f"{'file':{file_wide}}  {true}{'  '.join([ranks, *more])}"
+            print(line.rstrip())
+            header = True
+        best = _best(one)
+        first = f"{names[best[0]]:{wide}}  {one.probabilities[best[0]]:11.3f}"
+        more = [f"{names[i]:{wide}} {one.probabilities[i]:.3f}" for i in best[1:]]
+        true = f"{printable(one.true):{wide}}  " if one.true else ""
+        line = f"{printable(one.file):{file_wide}}  {true}{'  '.join([first, *more])}"
+        print(line.rstrip(), flush=True)
+    return unread
+
+
+def _show_json(
+    predictor: Predictor, paths: Sequence[str], found: Iterable[Classified | UserError]
+) -> int:
+    """Prints a JSON list, an image a line; returns how many images are unread."""
+    del paths
+    names, unread, separator = predictor.class_names, 0, "["
+    for one in found:
+        if isinstance(one, UserError):
+            print(f"bsce_jax: {one}", file=sys.stderr)
+            unread += 1
+            continue
+        best = [
+            {"class": names[i], "probability": round(float(one.probabilities[i]), 6)}
+            for i in _best(one)
+        ]
+        true = {"true": one.true} if one.true else {}
+        shown = {"file": one.file, **true, **best[0], "best": best}
+        print(separator, json.dumps(shown), end="", flush=True)
+        separator = ",\n "
+    print("[]" if separator == "[" else "]")
+    return unread
+
+
+def _best(one: Classified) -> list[int]:
+    """The likeliest classes, in order."""
+    order = np.argsort(-one.probabilities, kind="stable")
+    return [int(i) for i in order[:SHOWN]]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Whole runs from the command line."""
 
 import json
+import os
 import pathlib
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -186,7 +188,9 @@ def test_load_predicts_and_the_command_line_prints_names(balanced, folder, capsy
         assert predict.main([str(balanced), str(folder / "image.png")]) == 0
         assert predict.main([str(balanced), str(folder / "none.png")]) == 2
     shown = capsys.readouterr()
-    assert shown.out.strip().startswith(f"{folder}/image.png: ")
+    header, line = shown.out.splitlines()
+    assert header.split() == ["file", "class", "probability", "second", "third"]
+    assert line.startswith(f"{folder}/image.png  ")
     assert "none.png" in shown.err
     with pytest.raises(UserError, match="step=7"):
         runs.load(balanced, step=7)
@@ -195,7 +199,7 @@ def test_load_predicts_and_the_command_line_prints_names(balanced, folder, capsy
 
 
 def test_many_files_are_predicted_in_batches(balanced, folder, capsys, monkeypatch):
-    """Of the evaluation's 64; those before a bad file are printed."""
+    """Of the evaluation's 64; all but a bad file are printed."""
     from bsce_jax import predict
 
     pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8)).astype(np.uint8)
@@ -212,13 +216,65 @@ def test_many_files_are_predicted_in_batches(balanced, folder, capsys, monkeypat
     files = [paths[i % 3 == 0] for i in range(130)]
     assert predict.main([str(balanced), *files]) == 0
     assert sizes == [64, 64, 2]
-    lines = capsys.readouterr().out.splitlines()
+    _, *lines = capsys.readouterr().out.splitlines()
     names = predictor(pixels[..., None]).names
-    expected = [f"{file}: {names[paths.index(file)]}" for file in files]
-    assert [line.rpartition(" (")[0] for line in lines] == expected
+    expected = [[file, names[paths.index(file)]] for file in files]
+    assert [line.split()[:2] for line in lines] == expected
     (folder / "bad.png").write_bytes(b"none")
-    assert predict.main([str(balanced), *files, str(folder / "bad.png")]) == 2
-    assert capsys.readouterr().out.splitlines() == lines[:128]
+    files.insert(1, str(folder / "bad.png"))
+    assert predict.main([str(balanced), *files]) == 2
+    shown = capsys.readouterr()
+    assert [line.split()[:2] for line in shown.out.splitlines()[1:]] == expected
+    assert "bad.png' cannot be read" in shown.err and shown.err.count("\n") == 1
+
+
+def test_a_folder_of_images_is_predicted_as_a_table_or_json(balanced, folder, capsys):
+    """In any shape and colour; without an image some of the data set's are shown."""
+    from bsce_jax import predict
+
+    photos = folder / "photos"
+    (photos / "more").mkdir(parents=True)
+    files = {"b.png": (9, 30), "a.JPG": (8, 8), "more/c.webp": (40, 12)}
+    for name, size in files.items():
+        Image.new("RGB", size, "orange").save(photos / name)
+    (photos / "notes.txt").write_text("no image")
+    with runs.small_network():
+        assert predict.main([str(balanced), str(photos), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert predict.main([str(balanced)]) == 0
+        table = capsys.readouterr().out.splitlines()
+        assert predict.main([str(balanced), str(photos / "more"), "--step=0"]) == 0
+        assert predict.main([str(balanced), str(folder / "data"), "--json"]) == 2
+    assert [one["file"] for one in found] == [
+        str(photos / name) for name in sorted(files)
+    ]
+    for one in found:
+        assert one["best"][0] == {k: one[k] for k in ("class", "probability")}
+        chances = [best["probability"] for best in one["best"]]
+        assert len(chances) == 3 and chances == sorted(chances, reverse=True)
+    assert table[0].split()[:3] == ["file", "true", "class"] and len(table) == 11
+    assert "no image in the folder" in capsys.readouterr().err
+
+
+def test_the_commands_that_a_run_ends_with_work_as_they_stand(
+    config, folder, balanced, capsys, monkeypatch
+):
+    from bsce_jax import predict
+    from bsce_jax.report import __main__ as report
+
+    runs.here(config, balanced, *BALANCED)  # it is done: only shown again
+    out = capsys.readouterr().out
+    *_, last = out.partition("\n\naverage incremental accuracy")
+    _, _, files = last.partition("\n\n")
+    results, curves, confusion, word, *commands = files.splitlines()
+    assert all(map(os.path.isfile, (results, curves, confusion))) and word == "next:"
+    for command in commands:
+        python, dash, module, *words = shlex.split(command)
+        assert (python, dash) == ("python", "-m")
+        main = {"bsce_jax.report": report.main, "bsce_jax.predict": predict.main}
+        with runs.small_network():
+            assert main[module](words) == 0, command
+    assert len(commands) == 2
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     [
         (20, "0:50 left"),
         (40, "0:50 left"),
-        (60, "50/100 updates, 0:50 left"),
+        (60, "0:50 left"),
         (80, "50/100 updates, loss 0.5, 0:50 left"),
         (120, "50/100 updates, 32 images/s, loss 0.5, 0:50 left"),
     ],

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bsce_jax import memory, scenario
 from bsce_jax.config import priors
-from bsce_jax.data import resident, source
+from bsce_jax.data import decode, resident, source
 from bsce_jax.errors import UserError, field_error
 
 _SHOWN = 5  # classes named in a message
@@ -158,6 +158,30 @@ def load(config: ConfigDict) -> Dataset:
     )
     check(config, dataset)
     return dataset
+
+
+def test_images(config: ConfigDict, data: Dataset, chosen: np.ndarray) -> np.ndarray:
+    """Some test images as the network sees them, uint8 [n, H, W, channels].
+
+    Raises:
+      UserError: one cannot be read.
+    """
+    if data.test.images is not None:
+        return data.test.images[chosen]
+    size, _, channels = data.image_shape
+    records, _ = source.open_encoded(
+        config.data.name, data.test.name, config.data.data_dir
+    )
+    found = np.zeros((len(chosen), *data.image_shape), np.uint8)
+    for image, record in zip(found, data.test.records[chosen], strict=True):
+        encoded, _ = records[int(record)]
+        try:
+            image[:] = decode.test_crop(
+                encoded, size, resize=config.data.resize, channels=channels
+            )
+        except decode.DecodeError as error:
+            raise UserError(f"{records.name(int(record))}: {error}") from None
+    return found
 
 
 @contextlib.contextmanager
