@@ -16,11 +16,16 @@ from bsce_jax.errors import UserError
 PACKAGE = pathlib.Path(__file__).resolve().parents[2]  # what holds bsce_jax
 
 
+class ChoicesRequested(Exception):
+    """An argument's value is "?": its name, and the file's arguments (`args`)."""
+
+
 def load(given: str) -> ConfigDict:
     """The configuration of FILE[:ARGUMENTS].
 
     Raises:
       UserError: there is no such file, or it gives no configuration.
+      ChoicesRequested: an argument is "?".
     """
     name, _, argument = given.partition(":")
     path = pathlib.Path(name).expanduser()
@@ -32,7 +37,7 @@ def load(given: str) -> ConfigDict:
         if not callable(get_config):
             raise UserError(f"--config={name}: expected a function get_config in it")
         found = get_config(argument) if argument else get_config()
-    except UserError:
+    except (UserError, ChoicesRequested):
         raise
     except Exception as error:  # whatever somebody's own file may raise
         raise UserError(f"--config={name} fails: {_reason(error, path)}") from error
@@ -78,10 +83,13 @@ def parse_arguments(argument: str | None, allowed: Mapping[str, Any]) -> dict[st
     Raises:
       UserError: an unknown name, one given twice, a value of the wrong type, or one
         that the prior does not read.
+      ChoicesRequested: a value is "?".
     """
     values, seen = dict(allowed), set()
     for part in filter(None, (argument or "").split(",")):
         name, equals, text = part.partition("=")
+        if text == "?":
+            raise ChoicesRequested(name, allowed)
         if not equals or name not in allowed:
             raise UserError(
                 f"config argument {part!r}: expected name=value with name one of "
@@ -121,7 +129,7 @@ COMMON_ARGUMENTS: dict[str, Any] = {
 
 # Arguments that only one prior reads.
 READ_BY = {"alpha": "weighted", "epsilon": "relaxed"}
-_ARGUMENT_FIELDS = {
+ARGUMENT_FIELDS = {
     "steps": "scenario.steps",
     "base_classes": "scenario.base_classes",
     "memory": "memory.per_class",
@@ -148,7 +156,7 @@ def apply_arguments(
     given = parse_arguments(argument, allowed)
     config.update_from_flattened_dict(
         {
-            _ARGUMENT_FIELDS.get(name, name): value
+            ARGUMENT_FIELDS.get(name, name): value
             for name, value in given.items()
             if value is not None
         }

@@ -8,8 +8,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bsce_jax.config import page
-from bsce_jax.config.files import load
+from bsce_jax.config import choices, page
+from bsce_jax.config.files import ARGUMENT_FIELDS, ChoicesRequested, load
 from bsce_jax.config.hashes import flatten
 from bsce_jax.errors import UserError
 
@@ -34,7 +34,8 @@ For example: python -m bsce_jax.main --config configs/digits.py:prior=meta \\
                  --config.phase.incremental.epochs=10 --workdir runs/digits
 
 The arguments NAME=VALUE of a configuration file are explained in it; those of configs/
-are method, prior, steps, memory, seed, alpha, epsilon and what a file has besides.
+are method, prior, steps, memory, seed, alpha, epsilon and what a file has besides;
+method=? (or prior=?, head=? ...) lists what can be given.
 Fields are described below and in docs/configuration.md.
 """
 
@@ -50,7 +51,7 @@ def parse(argv: Sequence[str]) -> Any:
       The flags' values as attributes.
 
     Raises:
-      HelpRequested: --help, --helpfull or -h is among them.
+      HelpRequested: --help, --helpfull or -h is among them, or "?" as an argument.
       UserError: an unknown flag or field, or a value of a wrong type, in one line.
     """
     if any(argument in _HELP for argument in argv[1:]):
@@ -58,7 +59,11 @@ def parse(argv: Sequence[str]) -> Any:
     given, others = _config_of(argv[1:])
     if not given:
         raise UserError("--config is missing: try --config configs/digits.py")
-    config = load(given)
+    try:
+        config = load(given)
+    except ChoicesRequested as asked:
+        text = choices.describe(*asked.args, ARGUMENT_FIELDS)
+        raise HelpRequested(text) from None
     for argument in others:
         if argument.startswith(f"--{_PREFIX}"):
             _check_override(config, argument)
