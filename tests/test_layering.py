@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "experiment": {"run", "report", "hosts", "config", "compute", "checkpoints"},
     "predict": {"run", "report", "compute", "checkpoints", "data", "terminal"},
     "main": {"experiment", "run", "hosts", "config", "terminal"},
-    "reproduce": {"run", "report", "hosts", "config", "terminal"},
+    "reproduce": {"experiment", "run", "report", "hosts", "config", "checkpoints"}
+    | {"terminal"},
     "__init__": PAPER | {"predict"},
 }
 # `compute`, of which methods see the state alone.
