@@ -56,8 +56,9 @@ class Shared:
       parts: what a run takes from here.
     """
 
-    def __init__(self) -> None:
-        """Nothing is there yet."""
+    def __init__(self, processes: int = 1) -> None:
+        """Nothing is there yet; `processes` decode, see `resident.load`."""
+        self._processes = processes
         self.parts = Parts(self.load, self._build, self._create)
         self._datasets: dict[str, dataset.Dataset] = {}
         self._feeds: dict[Hashable, tuple[dataset.Split, feed.Feed]] = {}
@@ -87,7 +88,7 @@ class Shared:
         with self._lock:
             if key in self._datasets:
                 return dataset.regrouped(config, self._datasets[key])
-            return self._datasets.setdefault(key, dataset.load(config))
+            return self._datasets.setdefault(key, dataset.load(config, self._processes))
 
     def _create(
         self,
