@@ -44,7 +44,7 @@ def calls(plan: Plan, base: bool) -> Iterator[Call]:
     if plan.programs.devices.mode != "jit" or not isinstance(plan.train, Resident):
         return
     network = network_shapes(plan.config, plan.programs.model, plan.dataset.image_shape)
-    # Of the last step: a phase's shapes are those of every step, and it has most images.
+    # Of the last step: shapes are those of every step, and it has most images.
     last = {data.phase.name: data for data in planned(plan.config, plan.dataset)}
     for data in last.values():
         if base and not data.step:
