@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from bsce_jax import terminal
 from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import TrainState
@@ -227,7 +229,8 @@ def stop_if_asked(run: Run, progress: Progress, stop: StopSignal) -> None:
 def _finished(run: Run) -> dict[str, Any]:
     """Prints the table and draws the pictures, without which the run is whole."""
     if parallel.is_first():
-        print(tables.step_table(run.results), flush=True)
+        width = terminal.columns(sys.stdout) if sys.stdout.isatty() else 0
+        print(tables.step_table(run.results, width=width), flush=True)
         pictures = []
         try:
             from bsce_jax.report import plots  # matplotlib only at the end

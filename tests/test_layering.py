@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "hosts": {"config", "telemetry", "terminal"},
     "run": PAPER
     | {"methods", "compute", "config", "data", "checkpoints", "telemetry", "report"},
-    "experiment": {"run", "report", "hosts", "config", "compute", "checkpoints"},
+    "experiment": {"run", "report", "hosts", "config", "compute", "checkpoints"}
+    | {"terminal"},
     "predict": {"run", "report", "compute", "checkpoints", "data", "terminal"},
     "main": {"experiment", "run", "hosts", "config", "terminal"},
     "reproduce": {"run", "report", "hosts", "config", "terminal"},
