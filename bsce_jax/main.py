@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
             given.coordinator_address, given.num_processes, given.process_id
         )
         peers = join.join(address, given.peer_timeout, given.join_timeout)
+        jax_settings.keep_compiled(config, alone=peers is None)
         jax_settings.require_devices()
         status = _run(config, folder, peers)
     except flags.HelpRequested as asked:

@@ -12,11 +12,13 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from bsce_jax import untrusted
 from bsce_jax.config.hashes import config_hash
 from bsce_jax.errors import UserError
 
 logger = logging.getLogger("bsce_jax")
 _LOCK = ".lock"
+_OWNER = 200  # characters shown of it
 
 
 def workdir_path(config: ConfigDict, workdir: str) -> epath.Path:
@@ -50,7 +52,11 @@ def open_workdir(path: epath.Path) -> None:
 
 def _write_and_remove(path: epath.Path) -> None:
     try:
-        path.write_bytes(b"probe")
+        if "://" in os.fspath(path):
+            path.write_bytes(b"probe")
+        else:
+            with untrusted.create(path) as file:
+                file.write(b"probe")
     finally:
         path.unlink(missing_ok=True)
 
@@ -63,16 +69,17 @@ def lock(workdir: epath.Path) -> Iterator[None]:
     such locks; where a file system has none, a log line says so.
 
     Raises:
-      UserError: another run has it.
+      UserError: another run has it, or its file cannot be one.
     """
     if "://" in os.fspath(workdir):
         yield
         return
-    with (workdir / _LOCK).open("a") as file:
+    with untrusted.open_own(workdir / _LOCK) as file:
         try:
             _acquire(file.fileno())
         except BlockingIOError:
-            owner = " ".join((workdir / _LOCK).read_text().split())
+            file.seek(0)
+            owner = " ".join(file.read(_OWNER).split())
             raise UserError(
                 f"--workdir={os.fspath(workdir)!r} is in use by another run ({owner})"
             ) from None
@@ -102,10 +109,16 @@ def _acquire(file: int) -> None:
 def in_use(workdir: epath.PathLike) -> bool:
     """Whether a run that lives holds the `lock` of a local workdir."""
     try:
-        with open(os.path.join(workdir, _LOCK), encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = os.open(os.path.join(workdir, _LOCK), flags)
+    except OSError:  # no such file, or a link
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no such file, or no locks there
+    except OSError:  # no locks there
         return False
+    finally:
+        os.close(file)
     return False
