@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import sys
 from typing import Any
 
@@ -13,12 +14,18 @@ from bsce_jax.errors import UserError
 from tests import datasets
 
 
-@pytest.fixture
-def folder(tmp_path: pathlib.Path) -> pathlib.Path:
-    """Of a version of the data set "small"."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("made")
     images = [np.zeros((4, 5, 3), np.uint8)] * 3
-    datasets.write(tmp_path, "small", {"train": (images, [2, 0, 1])})
-    return tmp_path / "small" / "1.0.0"
+    datasets.write(folder, "small", {"train": (images, [2, 0, 1])})
+    return folder
+
+
+@pytest.fixture
+def folder(made: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """Of a version of the data set "small", to be damaged."""
+    return pathlib.Path(shutil.copytree(made, tmp_path / "data"), "small", "1.0.0")
 
 
 def use(folder: pathlib.Path) -> None:
@@ -84,7 +91,7 @@ def test_a_class_of_tfds_itself_may_be_named(folder: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", ["features.json", "dataset_info.json"])
 @pytest.mark.parametrize(
-    "content", ["", "{", "null", "3", "[]", "{}", '["a"]', "[" * 5000 + "]" * 5000]
+    "content", ["", "null", "{}", '["a"]', "[" * 5000 + "]" * 5000]
 )
 def test_broken_metadata_are_one_line(
     folder: pathlib.Path, name: str, content: str

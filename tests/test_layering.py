@@ -26,7 +26,15 @@ ALLOWED: dict[str, set[str]] = {
     "run": PAPER
     | {"methods", "compute", "config", "data", "checkpoints", "telemetry", "report"},
     "experiment": {"run", "report", "hosts", "config", "compute", "checkpoints"},
-    "predict": {"run", "report", "compute", "checkpoints", "data", "terminal"},
+    "predict": {
+        "run",
+        "report",
+        "config",
+        "compute",
+        "checkpoints",
+        "data",
+        "terminal",
+    },
     "main": {"experiment", "run", "hosts", "config", "terminal"},
     "reproduce": {"run", "report", "hosts", "config", "terminal", "untrusted"},
     "__init__": PAPER | {"predict"},

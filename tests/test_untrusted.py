@@ -1,7 +1,9 @@
 """Files of a folder that somebody else may have filled."""
 
+import contextlib
 import os
 import pathlib
+import shutil
 
 import pytest
 from etils import epath
@@ -100,7 +102,10 @@ def test_a_lock_that_is_no_ordinary_file_is_one_line(
     assert "\n" not in str(error.value) and untouched(outside)
 
 
-def test_a_lock_says_who_has_it_in_few_words(folder: pathlib.Path) -> None:
+def test_a_lock_says_who_has_it_in_few_words(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workdir.time, "sleep", lambda seconds: None)
     with workdir.lock(epath.Path(folder)):
         (folder / ".lock").write_text("\N{GREEK SMALL LETTER ALPHA}\n" * 10**5)
         with (
@@ -162,3 +167,51 @@ def test_what_cannot_be_read_is_one_line(tmp_path: pathlib.Path) -> None:
     for name, message in words.items():
         with pytest.raises(UserError, match=f"^{tmp_path / name} {message}"):
             untrusted.read_json(tmp_path / name, "text")
+
+
+def kept(folder: pathlib.Path) -> contextlib.AbstractContextManager:
+    return workdir.kept(epath.Path(folder), "results.json", "checkpoints")
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "file"])
+def test_what_is_no_folder_is_found_before_a_run(
+    folder: pathlib.Path, outside: pathlib.Path, kind: str
+) -> None:
+    plant(kind, folder / "checkpoints", outside)
+    message = f"^{folder}/checkpoints cannot be written .*: expected a folder$"
+    with pytest.raises(UserError, match=message), kept(folder):
+        pass
+    assert untouched(outside)
+
+
+@pytest.mark.parametrize("name", ["results.json", ".results.json.tmp"])
+def test_what_is_no_file_is_found_before_a_run(folder: pathlib.Path, name: str) -> None:
+    (folder / name).mkdir()
+    message = f"^{folder}/{name} is a folder, expected a file"
+    with pytest.raises(UserError, match=message), kept(folder):
+        pass
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "another", "its parent", "file"])
+def test_a_workdir_that_goes_is_noticed(folder: pathlib.Path, how: str) -> None:
+    with kept(folder) as still_there:
+        still_there()
+        if how == "moved":
+            folder.rename(folder.with_name("elsewhere"))
+        else:
+            shutil.rmtree(folder if how == "its parent" else folder / "checkpoints")
+        if how == "another":
+            (folder / "checkpoints").mkdir()
+        elif how == "file":
+            (folder / "checkpoints").write_text("")
+        with pytest.raises(UserError, match=f"^--workdir='{folder}' is gone: ") as e:
+            still_there()
+    assert "\n" not in str(e.value)
+
+
+def test_a_link_to_a_folder_is_the_users_choice(folder: pathlib.Path) -> None:
+    (folder.parent / "large disk").mkdir()
+    (folder / "checkpoints").symlink_to(folder.parent / "large disk")
+    with kept(folder) as still_there:
+        still_there()
+    assert not list((folder.parent / "large disk").iterdir())

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 from etils import epath
@@ -90,6 +90,56 @@ def lock(workdir: epath.Path) -> Iterator[None]:
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         yield
+
+
+@contextlib.contextmanager
+def kept(workdir: epath.Path, file: str, folder: str) -> Iterator[Callable[[], None]]:
+    """Looks at the places of what a run will write, and then that they stay.
+
+    Args:
+      workdir: of the run; it exists.
+      file: name of a file that will be replaced.
+      folder: name of a folder, which is made here if need be and never again: made
+        anew, it would lack what the run has written before.
+
+    Yields:
+      a function that raises a UserError once the folder is gone. In other processes
+      than the first, which writes alone, and on object stores it does nothing.
+
+    Raises:
+      UserError: something else is in one of the places, or it cannot be written.
+    """
+    if "://" in os.fspath(workdir) or jax.process_index() != 0:
+        yield lambda: None
+        return
+    for name in (file, f".{file}.tmp"):
+        if (workdir / name).is_dir() and not os.path.islink(workdir / name):
+            raise UserError(f"{workdir / name} is a folder, expected a file: remove it")
+    path = workdir / folder
+    try:
+        path.mkdir(exist_ok=True)
+        _write_and_remove(path / f".probe-{os.getpid()}")
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        reason = f"a link to {os.readlink(path)!r}" if os.path.islink(path) else "there"
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}; {reason}): expected a folder"
+        ) from None
+
+    def still_there() -> None:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            # Its number is nobody else's as long as it is open.
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return
+        raise UserError(
+            f"--workdir={os.fspath(workdir)!r} is gone: it was removed, or another put "
+            "in its place, while the run went on"
+        )
+
+    try:
+        yield still_there
+    finally:
+        os.close(descriptor)
 
 
 def _acquire(file: int) -> None:
