@@ -29,8 +29,8 @@ from bsce_jax.config import priors
 from bsce_jax.errors import UserError, printable
 from bsce_jax.hosts.peers import Peers
 from bsce_jax.hosts.stop import StopSignal
-from bsce_jax.report import tables
-from bsce_jax.report.results import FILE_NAME
+from bsce_jax.hosts.workdir import kept
+from bsce_jax.report import results, tables
 from bsce_jax.run import companions, hooks
 from bsce_jax.run.context import has_teacher, phase_context
 from bsce_jax.run.loop import (
@@ -60,26 +60,31 @@ def run(
 
     Args:
       config: resolved configuration.
-      workdir: folder of everything the run writes; a run found there is continued.
+      workdir: folder of everything the run writes, which exists; a run found there is
+        continued.
       stop: asked after every call of a compiled update.
       peers: the watch of one of several processes; ends it after the running save.
 
     Raises:
       UserError: bad input, a workdir of another configuration, a loss that is not
-        finite, a disk that cannot be written.
+        finite, a disk that cannot be written, a workdir that is removed.
       StopRequested: `stop` was set; everything is saved.
     """
-    run = prepare(config, epath.Path(workdir))
-    if peers is not None:
-        peers.before_exit = run.writer.wait_at_most
-    _say_what_is_left_out(run)
-    with contextlib.closing(run.monitor), run.writer:
-        try:
-            _steps(run, stop)
-        except StopRequested:
-            run.writer.wait()  # or "saved" would not be true
-            raise
-    return _finished(run)
+    folder = epath.Path(workdir)
+    with kept(folder, results.FILE_NAME, store.FOLDER) as still_there:
+        run = prepare(config, folder)
+        run.still_there = still_there
+        if peers is not None:
+            peers.before_exit = run.writer.wait_at_most
+        _say_what_is_left_out(run)
+        with contextlib.closing(run.monitor), run.writer:
+            try:
+                _steps(run, stop)
+            except StopRequested:
+                run.writer.wait()  # or "saved" would not be true
+                raise
+        still_there()
+        return _finished(run)
 
 
 def _say_what_is_left_out(run: Run) -> None:
@@ -244,7 +249,7 @@ def _finished(run: Run) -> dict[str, Any]:
 
 def _where_it_is(workdir: epath.Path, pictures: Sequence[epath.Path]) -> str:
     """What a run has left and what can be done with it next, for a person."""
-    files = [workdir / FILE_NAME, *pictures]
+    files = [workdir / results.FILE_NAME, *pictures]
     quoted = printable(shlex.quote(os.fspath(workdir)))
     return "\n".join(
         [
