@@ -22,9 +22,9 @@ read and write, from which a bound of the speed follows.
 Without Meta the prior is balanced: the others compile to the same program, but for
 PODNet's own loss (NCA). With Meta, FLOPs are the mean over meta.every updates, of which
 one updates alpha too; memory is that one's. Prints JSON, or writes it (--output), and
-then tables: of these, of what was compiled (for a TPU), of the images a second that
-keep a chip busy (in brackets what that asks of each core of its host), and of runs with
-5 and 10 steps. With the images/s that a core decodes (--decode_rate; input_pipeline.py
+then tables: of these, of the images a second that keep a chip busy (in brackets what
+that asks of each core of its host), of runs with 5 and 10 steps, and of what was
+compiled. With the images/s that a core decodes (--decode_rate; input_pipeline.py
 measures it) it also says how many chips a host feeds.
 """
 

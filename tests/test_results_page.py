@@ -13,7 +13,10 @@ from tests.runs import ROOT
 Cells = list[str]
 Run = dict[str, Any]
 
-SEEDED = "bic icarl geodl eeil ss_il slda spb_m ncm spb_i spb".split()
+WITH_MEMORY = (
+    "bic icarl geodl eeil ss_il tpcil_like podnet_dde mnemonics lucir_dde".split()
+)
+WITHOUT = "slda spb_m ncm spb_i spb".split()
 # Heading -> folder of results/, and row -> its files there: one run, or one a seed.
 RAW = {
     "The paper's protocol: IL-Baseline on one H200": (
@@ -63,8 +66,21 @@ RAW = {
     "The other methods on the digits": (
         "digits_methods",
         {
-            "`spb`, `terms.columns_ce.columns=seen`": "spb_seen-?",
-            **{f"`{name}`": f"{name}-?" for name in SEEDED},
+            **{f"`{name}`, memory 5": f"{name}-?" for name in WITH_MEMORY},
+            **{f"`{name}`, memory none": f"{name}-?" for name in WITHOUT},
+            "`spb`, `terms.columns_ce.columns=seen`, memory none": "spb_seen-?",
+            "`lucir_dde`, memory none": "lucir_dde-nomemory-?",
+            "`podnet_dde`, memory none": "podnet_dde-nomemory-?",
+        },
+    ),
+    "The other methods on the reduced CIFAR-100": (
+        "cifar100_cpu",
+        {
+            **{
+                f"`{name}`, memory 5": name
+                for name in ("lucir_dde", "bic", "geodl", "icarl")
+            },
+            **{f"`{name}`, memory none": name for name in WITHOUT},
         },
     ),
 }
@@ -123,15 +139,22 @@ def accuracy_tables(text: str) -> list[tuple[str, list[Cells]]]:
 TABLES = accuracy_tables((ROOT / "docs" / "results.md").read_text())
 
 
-def labels(rows: list[Cells], prefix: str) -> list[str]:
-    """Names of the rows; one that begins with + belongs to the last that does not."""
+def labels(header: Cells, rows: list[Cells], several: bool) -> list[str]:
+    """Names of the rows.
+
+    One that begins with + belongs to the last that does not; the table's name stands
+    before it where there are several, the memory behind it where that is a column.
+    """
     found, method = [], ""
     for row in rows:
-        if row[0].startswith("+"):
-            found.append(f"{prefix}{method} {row[0]}")
-        else:
-            method = row[0]
-            found.append(prefix + method)
+        added = row[0] if row[0].startswith("+") else ""
+        method = method if added else row[0]
+        name = f"{method} {added}".strip()
+        if several:
+            name = f"{header[0]}: {name}"
+        if "memory" in header:
+            name = f"{name}, memory {row[header.index('memory')]}"
+        found.append(name)
     return found
 
 
@@ -158,9 +181,7 @@ def test_accuracies_are_those_of_the_raw_results(heading, table):
     header, *rows = table
     assert set(header[1:]) <= COLUMNS.keys() | BESIDE
     several = sum(other == heading for other, _ in TABLES) > 1
-    for label, row in zip(
-        labels(rows, f"{header[0]}: " if several else ""), rows, strict=True
-    ):
+    for label, row in zip(labels(header, rows, several), rows, strict=True):
         paths = sorted((ROOT / "results" / folder).glob(f"{files[label]}.json"))
         runs = [json.loads(path.read_text()) for path in paths]
         compared = 0
