@@ -184,6 +184,20 @@ def test_images(config: ConfigDict, data: Dataset, chosen: np.ndarray) -> np.nda
     return found
 
 
+def regrouped(config: ConfigDict, dataset: Dataset) -> Dataset:
+    """The same images in the same class order, in the steps of another configuration.
+
+    Raises:
+      UserError: the scenario does not fit the data set.
+    """
+    s = config.scenario
+    with _named("scenario"):
+        groups = scenario.class_groups(dataset.num_classes, s.base_classes, s.steps)
+    found = dataclasses.replace(dataset, groups=groups)
+    check(config, found)
+    return found
+
+
 @contextlib.contextmanager
 def _named(section: str) -> Iterator[None]:
     """Gives errors of functions that know no configuration the field's whole name."""
