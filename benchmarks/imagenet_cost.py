@@ -152,7 +152,10 @@ def target(name: str) -> tuple[Sequence[Any], dict[str, Any] | None]:
     # No metadata server is asked, and no lock taken: there is no TPU here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    # The two cores of a chip of these are one device of JAX, as in a run.
+    two_cores = name.partition(":")[0] in ("v4", "v5p")
+    options = {"chip_config_name": "megacore"} if two_cores else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     return found.devices, None
 
 
