@@ -74,8 +74,10 @@ def test_jobs_run_in_their_order_and_share_base_steps(rows, tmp_path):
     assert rows.begun == ["b0", "a0", "b1 runs/b0"]
     assert states[-1] == ({"b0": "done", "a0": "done", "b1": "done"}, True)
     assert [last for _, last in states].count(True) == 1
-    asked = [call.args[0][0].name for call in rows.shared.compile_ahead.mock_calls]
-    assert asked == ["b0", "a0", "b1"]  # each once, the next one's meanwhile
+    asked = [call.args for call in rows.shared.compile_ahead.mock_calls]
+    # Each once, the next one's meanwhile; no base step where it is trained already.
+    names = [(config[0].name, base) for config, base in asked]
+    assert names == [("b0", True), ("a0", True), ("b1", False)]
     made, _, _ = rows(job("b0", "b"), job("c0", "c"))
     made.work(FOREVER, StopSignal())
     assert rows.begun[3:] == ["c0"] and not made.left()

@@ -6,14 +6,19 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from etils import epath
 
+from bsce_jax import experiment
 from bsce_jax.compute import optim, parallel
 from bsce_jax.config.flags import parse
 from bsce_jax.config.resolve import resolve
 from bsce_jax.data import resident
 from bsce_jax.errors import UserError
+from bsce_jax.hosts.stop import StopSignal
+from bsce_jax.run import setup
 from bsce_jax.run.identity import identity
 from bsce_jax.run.shared import Shared
+from bsce_jax.telemetry.compiles import compile_counter
 from tests import example_jobs, runs
 
 
@@ -135,3 +140,18 @@ def test_images_are_read_and_placed_once(small):
         for s in (0, 1)
     ]
     assert not np.array_equal(held[0].train.records, held[1].train.records)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prior", ["balanced", "meta"])
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_run_compiles_none_of_what_was_compiled_ahead(small, tmp_path, prior, width):
+    arguments = f"memory=4,prior={prior}"
+    config = configuration(small, arguments, f"--config.updates_per_call={width}")
+    with Shared() as shared, runs.small_network():
+        shared.compile_ahead(config, True).result()
+        run = setup.prepare(config, epath.Path(tmp_path), shared.parts)
+        counts = compile_counter()
+        experiment.carry_out(run, StopSignal())
+    names = ("base_update", "incremental_update", "meta_update", "evaluate", "features")
+    assert not set(counts) & set(names)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import pathlib
 import sys
 import time
@@ -90,7 +91,8 @@ def reproduce(options: argparse.Namespace, began: float) -> int:
     """
     chosen = choose(options)
     index, count = shard(options.shard)
-    with Shared() as shared:
+    cpus = os.cpu_count() or 1
+    with Shared(cpus if options.in_process else 1) as shared:
         found = tables.expand(chosen, shared.load)
         jobs = _distinct(job for cell in found for job in cell.jobs)
         mine = tables.share(jobs, index, count)

@@ -146,9 +146,13 @@ class Rows:
         self._changed(self.states, False)
         self._show(f"{job.name}: begins")
         following = [j for j in self._jobs if self.states[j.name] == "to do"]
+        trained = set(self._bases.scan())
         for each in (job, *following[:1]):
             if each.name not in self._ahead:
-                self._ahead[each.name] = self._shared.compile_ahead(config_of(each))
+                base = each.base_hash not in trained
+                config = config_of(each)
+                self._ahead[each.name] = self._shared.compile_ahead(config, base)
+            trained.add(job.base_hash)  # when the following one begins
         self.states[job.name], why = self._outcome(job, stop)
         self._show(f"{job.name}: {self.states[job.name]}{why}")
         self._changed(self.states, False)

@@ -34,22 +34,25 @@ class Plan:
     test: Feed
 
 
-def calls(plan: Plan) -> Iterator[Call]:
+def calls(plan: Plan, base: bool) -> Iterator[Call]:
     """Programs and the shapes of their arguments, in the order of their first calls.
 
-    None under pmap or with streamed images, whose batches would have to be read; and
-    not those of phases with companions, which depend on features.
+    Without those of the base step where it is not trained (`base`). None under pmap or
+    with streamed images, whose batches would have to be read; and not those of phases
+    with companions, which depend on features.
     """
     if plan.programs.devices.mode != "jit" or not isinstance(plan.train, Resident):
         return
     network = network_shapes(plan.config, plan.programs.model, plan.dataset.image_shape)
-    seen: set[str] = set()
-    for data in planned(plan.config, plan.dataset):
-        if data.phase.name not in seen:
-            seen.add(data.phase.name)
+    # Of the last step: a phase's shapes are those of every step, and it has most images.
+    last = {data.phase.name: data for data in planned(plan.config, plan.dataset)}
+    for data in last.values():
+        if base and not data.step:
             yield from _updates(plan, data, network)
-        if not data.step and seen == {data.phase.name}:
-            yield from _inference(plan, network)
+    yield from _inference(plan, network)
+    for data in last.values():
+        if data.step:
+            yield from _updates(plan, data, network)
 
 
 def _updates(plan: Plan, data: StepData, network: Network) -> Iterator[Call]:

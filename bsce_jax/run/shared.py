@@ -56,8 +56,9 @@ class Shared:
       parts: what a run takes from here.
     """
 
-    def __init__(self) -> None:
-        """Nothing is there yet."""
+    def __init__(self, processes: int = 1) -> None:
+        """Nothing is there yet; `processes` decode, see `resident.load`."""
+        self._processes = processes
         self.parts = Parts(self.load, self._build, self._create)
         self._datasets: dict[str, dataset.Dataset] = {}
         self._feeds: dict[Hashable, tuple[dataset.Split, feed.Feed]] = {}
@@ -87,7 +88,7 @@ class Shared:
         with self._lock:
             if key in self._datasets:
                 return dataset.regrouped(config, self._datasets[key])
-            return self._datasets.setdefault(key, dataset.load(config))
+            return self._datasets.setdefault(key, dataset.load(config, self._processes))
 
     def _create(
         self,
@@ -118,14 +119,20 @@ class Shared:
             self._programs[key] = Program(made)
         return self._programs[key]
 
-    def compile_ahead(self, config: ConfigDict) -> concurrent.futures.Future[None]:
+    def compile_ahead(
+        self, config: ConfigDict, base: bool
+    ) -> concurrent.futures.Future[None]:
         """Compiles what a run will call in the background, after what is asked already.
 
         An error is a log line: the run itself will meet it again.
-        """
-        return self._background.submit(self._compile_all, config)
 
-    def _compile_all(self, config: ConfigDict) -> None:
+        Args:
+          config: of the run.
+          base: whether it trains its base step.
+        """
+        return self._background.submit(self._compile_all, config, base)
+
+    def _compile_all(self, config: ConfigDict, base: bool) -> None:
         try:
             devices = parallel.create(config.parallel)
             data = self.load(config)
@@ -134,7 +141,8 @@ class Shared:
                 for split in (data.train, data.test)
             ]
             made = self._build(config, devices, data.num_classes)
-            for program, shapes in ahead.calls(ahead.Plan(config, data, made, *feeds)):
+            plan = ahead.Plan(config, data, made, *feeds)
+            for program, shapes in ahead.calls(plan, base):
                 program.compile(shapes)
         except Exception as error:
             logger.warning("nothing is compiled ahead: %s", error)
