@@ -7,22 +7,25 @@ set, hardly any memory and no accelerator:
 
     python benchmarks/imagenet_cost.py                     # with XLA's compiler for CPU
     pip install 'jax[tpu]'
-    python benchmarks/imagenet_cost.py --target v5e:2x2    # with that for a TPU chip
+    python benchmarks/imagenet_cost.py --target v5e:8x8    # with that for a TPU slice
     python benchmarks/imagenet_cost.py --batch             # without memory: seconds
 
-FLOPs are those of the update before it is compiled. Device memory is what the compiler
-allots: arguments, temporaries, and results that reuse no argument. On CPU that is an
-estimate for accelerators: its compiler has other layouts and turns bfloat16
-convolutions into float32. The TPU's own compiler runs without a TPU, for minutes a
-program; its sizes are those of what would run.
+FLOPs are those of the update before it is compiled. What is compiled is a run's own
+program, sharded over all chips of the slice (on CPU, over the devices that
+JAX_NUM_CPU_DEVICES makes). Device memory is what the compiler allots on each:
+arguments, temporaries, and results that reuse no argument. On CPU that is an estimate
+for accelerators: its compiler has other layouts and turns bfloat16 convolutions into
+float32. The TPU's own compiler runs without a TPU, for minutes a program; its sizes are
+those of what would run, and so are the collectives and the bytes that the operations
+read and write, from which a bound of the speed follows.
 
 Without Meta the prior is balanced: the others compile to the same program, but for
 PODNet's own loss (NCA). With Meta, FLOPs are the mean over meta.every updates, of which
 one updates alpha too; memory is that one's. Prints JSON, or writes it (--output), and
 then tables: of these, of the images a second that keep a chip busy (in brackets what
-that asks of each core of its host), and of runs with 5 and 10 steps. With the images/s
-that a core decodes (--decode_rate; input_pipeline.py measures it) it also says how many
-chips a host feeds.
+that asks of each core of its host), of runs with 5 and 10 steps, and of what was
+compiled. With the images/s that a core decodes (--decode_rate; input_pipeline.py
+measures it) it also says how many chips a host feeds.
 """
 
 import argparse
@@ -32,9 +35,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import cost
 import jax
 import meta_gradient
 import numpy as np
@@ -58,23 +62,25 @@ class Chip(NamedTuple):
 
     Attributes:
       peak: FLOP/s in bfloat16, as the manufacturer says.
+      bandwidth: bytes/s of its memory, as the manufacturer says.
       cores: physical cores of a host; clouds sell two virtual CPUs a core.
       chips: of a host.
     """
 
     peak: float
+    bandwidth: float
     cores: int
     chips: int
 
 
-# Peaks: cloud.google.com/tpu/docs/v4 and /v5e, NVIDIA's data sheets of A100 and H100
-# SXM (dense). Hosts: Google's ct4p-hightpu-4t (240 virtual CPUs), ct5lp-hightpu-8t
+# Peaks: cloud.google.com/tpu/docs/v4 and /v5e, NVIDIA's data sheets of A100 (40 GB) and
+# H100 SXM (dense). Hosts: Google's ct4p-hightpu-4t (240 virtual CPUs), ct5lp-hightpu-8t
 # (224), a2-highgpu-8g (96) and a3-highgpu-8g (208).
 CHIPS = {
-    "v4": Chip(275e12, 120, 4),
-    "v5e": Chip(197e12, 112, 8),
-    "A100": Chip(312e12, 48, 8),
-    "H100": Chip(989e12, 104, 8),
+    "v4": Chip(275e12, 1228e9, 120, 4),
+    "v5e": Chip(197e12, 819e9, 112, 8),
+    "A100": Chip(312e12, 1555e9, 48, 8),
+    "H100": Chip(989e12, 3350e9, 104, 8),
 }
 
 
@@ -95,6 +101,7 @@ def make_program(
     config = problem.load("imagenet", f"method={method},prior={prior}")
     config.model.dtype, config.model.width = dtype, options.width
     config.model.conv_chunks = 1
+    config.scenario.base_classes = options.classes // 2
     config = resolve(config)
     one = parallel.create("jit", jax.devices()[:1])
     model = programs.build_model(config, one, options.classes)
@@ -131,52 +138,66 @@ def make_arguments(
     )
 
 
-def target(name: str) -> tuple[Any, dict[str, Any] | None]:
-    """Device to compile for, and compiler options.
+def target(name: str) -> tuple[Sequence[Any], dict[str, Any] | None]:
+    """Devices to compile for, and compiler options.
 
     Args:
-      name: "cpu", or a TPU topology such as v5e:2x2, of which it takes one chip.
+      name: "cpu", all devices of this process, or a TPU slice such as v5e:2x2.
     """
     if name == "cpu":
         # Buffers are allotted before LLVM gets the program: its optimiser may rest.
-        return jax.devices("cpu")[0], {"xla_backend_optimization_level": 0}
+        return jax.devices("cpu"), {"xla_backend_optimization_level": 0}
     from jax.experimental import topologies
 
     # No metadata server is asked, and no lock taken: there is no TPU here.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    return found.devices[0], None
+    # The two cores of a chip of these are one device of JAX, as in a run.
+    two_cores = name.partition(":")[0] in ("v4", "v5p")
+    options = {"chip_config_name": "megacore"} if two_cores else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    return found.devices, None
 
 
 def lower(
-    function: Callable, arguments: tuple[PyTree, ...], device: Any
-) -> jax.stages.Lowered:
-    """An update before it is compiled."""
-    place = jax.sharding.SingleDeviceSharding(device)
-    jitted = jax.jit(
-        function, donate_argnums=0, in_shardings=place, out_shardings=place
-    )
-    return jitted.lower(*arguments)
+    config: ConfigDict,
+    classes: int,
+    devices: parallel.Parallel,
+    arguments: tuple[PyTree, ...],
+) -> list[jax.stages.Lowered]:
+    """A run's update before it is compiled; with Meta also the one that moves alpha."""
+    built = programs.build(config, devices, classes)
+    kinds = (built.updates, built.meta_updates)
+    return [
+        kind[meta_gradient.PHASE].lower(*arguments)
+        for kind in kinds
+        if meta_gradient.PHASE in kind
+    ]
 
 
 def count_flops(lowered: jax.stages.Lowered) -> float:
-    """FLOPs of one call."""
+    """FLOPs of one call of a program for the CPU (a TPU's has none)."""
     return (lowered.cost_analysis() or {})["flops"]
 
 
-def compile_update(lowered: jax.stages.Lowered, settings: Any) -> dict[str, float]:
-    """Compiles an update; returns seconds and bytes of device memory."""
+def compile_update(lowered: jax.stages.Lowered, settings: Any) -> dict[str, Any]:
+    """Compiles an update; returns seconds, and of a device memory and traffic.
+
+    "moved" are the bytes that its operations read and write, "collectives" those that
+    each exchange gives: kind -> list.
+    """
     start = time.perf_counter()
     built = lowered.compile(compiler_options=settings)
     seconds = time.perf_counter() - start
     used: Any = built.memory_analysis()
     results = used.output_size_in_bytes - used.alias_size_in_bytes
     return {
-        "seconds": seconds,
+        "seconds": round(seconds, 1),
         "arguments": used.argument_size_in_bytes,
         "temporaries": used.temp_size_in_bytes,
         "memory": used.argument_size_in_bytes + used.temp_size_in_bytes + results,
+        "moved": (built.cost_analysis() or {})["bytes accessed"],
+        "collectives": cost.collectives(built.as_text()),
     }
 
 
@@ -218,26 +239,28 @@ def measure(
 ) -> dict[str, Any]:
     """Everything about a method with or without Meta in one type."""
     config, program = make_program(method, prior, dtype, options)
-    device, settings = target(options.target)
-    plain = updates.make_train_update(program)
-    meta = updates.make_meta_update(program) if program.meta else None
+    used, settings = target(options.target)
+    devices = parallel.create("jit", used)
     found: dict[str, Any] = {"method": method, "prior": prior, "dtype": dtype}
+    found |= {"chips": devices.num_devices, "hosts": devices.num_processes}
     found |= sizes(config, program, options) | {"batches": {}}
     found["epochs"] = config.phase[meta_gradient.PHASE].epochs
     found["runs"] = run_facts(config, found["bytes"]["checkpoint"], options.classes)
     first, *_ = options.batch or [32]
     arguments = make_arguments(config, program, first, options)
-    flops = count_flops(lower(plain, arguments, device))
-    if meta:
+    one = parallel.create("jit", jax.devices("cpu")[:1])
+    lowered = lower(config, options.classes, one, arguments)
+    flops, *with_alpha = map(count_flops, lowered)
+    if with_alpha:
         every = config.meta.every
-        with_alpha = count_flops(lower(meta, arguments, device))
-        found["flops_per_image_with_alpha"] = with_alpha / first
-        flops = (flops * (every - 1) + with_alpha) / every
+        found["flops_per_image_with_alpha"] = with_alpha[0] / first
+        flops = (flops * (every - 1) + with_alpha[0]) / every
     found["flops_per_image"] = flops / first
     for batch in options.batch:
-        arguments = make_arguments(config, program, batch, options)
-        facts = compile_update(lower(meta or plain, arguments, device), settings)
-        found["batches"][batch] = {k: round(v, 1) for k, v in facts.items()}
+        whole = batch * devices.num_devices
+        arguments = make_arguments(config, program, whole, options)
+        *_, last = lower(config, options.classes, devices, arguments)
+        facts = found["batches"][batch] = compile_update(last, settings)
         note = f"{method} {prior} {dtype} {batch}: {facts['memory'] / MIB:.0f} MiB"
         print(note, f"in {facts['seconds']:.0f} s", file=sys.stderr)
     return found
@@ -288,6 +311,41 @@ def rates(result: Mapping[str, Any], chip: Chip) -> list[float]:
     return [share * chip.peak / result["flops_per_image"] for share in UTILISATION]
 
 
+def slice_table(results: Sequence[Mapping[str, Any]], name: str) -> str:
+    """What was compiled for a slice, and what bounds the images/s of a chip.
+
+    Of a chip at its full bandwidth, as if an operation found nothing in the caches that
+    another left, and at the share of the peak that is estimated.
+    """
+    chip = CHIPS.get(name.partition(":")[0])
+    header = ["slice", "chips", "hosts", "method", "Meta", "type", "images a chip"]
+    header += ["collectives an update (MB)", "MiB a chip", "GB moved a chip"]
+    header += ["images/s a chip: by bytes", "by FLOPs"]
+    rows = []
+    for result in results:
+        for batch, facts in result["batches"].items():
+            exchanged = [
+                f"{len(sizes)} {kind} ({sum(sizes) / 1e6:.1f})"
+                for kind, sizes in facts["collectives"].items()
+            ]
+            bounds = [short(chip.bandwidth * batch / facts["moved"], 3)] if chip else []
+            bounds += [span(rates(result, chip), 3)] if chip else []
+            rows.append(
+                [
+                    name,
+                    *(str(result[key]) for key in ("chips", "hosts")),
+                    *name_of(result),
+                    result["dtype"],
+                    str(batch),
+                    ", ".join(exchanged),
+                    f"{facts['memory'] / MIB:,.0f}",
+                    f"{facts['moved'] / 1e9:.2f}",
+                    *(bounds or ["", ""]),
+                ]
+            )
+    return table(header, rows)
+
+
 def chip_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Images a second that keep a chip busy; in brackets, those of each core."""
     header = ["method", "Meta"]
@@ -334,12 +392,14 @@ def run_table(results: Sequence[Mapping[str, Any]]) -> str:
     return table(header, rows)
 
 
-def tables(results: Sequence[Mapping[str, Any]], decode_rate: float) -> str:
-    """All of them; those after the first are of the first type alone."""
+def tables(results: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str:
+    """All of them; those of chips, runs and hosts are of the first type alone."""
     one = [result for result in results if result["dtype"] == results[0]["dtype"]]
     found = [cost_table(results), chip_table(one), run_table(one)]
-    if decode_rate:
-        found.append(host_table(one, decode_rate))
+    if options.decode_rate:
+        found.append(host_table(one, options.decode_rate))
+    if options.batch:
+        found.append(slice_table(results, options.target))
     return "\n".join(found)
 
 
@@ -359,7 +419,7 @@ def parse() -> argparse.Namespace:
         default=batches,
         help="of a device; none: no memory",
     )
-    add("--target", default="cpu", help="cpu, or a TPU topology (v5e:2x2)")
+    add("--target", default="cpu", help="cpu, or a TPU slice (v5e:2x2)")
     add("--pixels", type=int, default=224, help="side of an image")
     add("--classes", type=int, default=1000)
     add("--width", type=int, default=0, help="first stage's channels; 0: as published")
@@ -375,7 +435,7 @@ def main() -> None:
     runs = itertools.product(options.method, options.prior, options.dtype)
     results = [measure(*run, options) for run in runs]
     meta_gradient.report({"benchmark": "ImageNet-1000", "results": results}, options)
-    print(tables(results, options.decode_rate))
+    print(tables(results, options))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
+from bsce_jax import terminal
 from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import TrainState
@@ -27,8 +29,8 @@ from bsce_jax.config import priors
 from bsce_jax.errors import UserError, printable
 from bsce_jax.hosts.peers import Peers
 from bsce_jax.hosts.stop import StopSignal
-from bsce_jax.report import tables
-from bsce_jax.report.results import FILE_NAME
+from bsce_jax.hosts.workdir import kept
+from bsce_jax.report import results, tables
 from bsce_jax.run import companions, hooks
 from bsce_jax.run.context import has_teacher, phase_context
 from bsce_jax.run.loop import (
@@ -58,20 +60,25 @@ def run(
 
     Args:
       config: resolved configuration.
-      workdir: folder of everything the run writes; a run found there is continued.
+      workdir: folder of everything the run writes, which exists; a run found there is
+        continued.
       stop: asked after every call of a compiled update.
       peers: the watch of one of several processes; ends it after the running save.
 
     Raises:
       UserError: bad input, a workdir of another configuration, a loss that is not
-        finite, a disk that cannot be written.
+        finite, a disk that cannot be written, a workdir that is removed.
       StopRequested: `stop` was set; everything is saved.
     """
-    run = prepare(config, epath.Path(workdir))
-    if peers is not None:
-        peers.before_exit = run.writer.wait_at_most
-    carry_out(run, stop)
-    return _finished(run)
+    folder = epath.Path(workdir)
+    with kept(folder, results.FILE_NAME, store.FOLDER) as still_there:
+        run = prepare(config, folder)
+        run.still_there = still_there
+        if peers is not None:
+            peers.before_exit = run.writer.wait_at_most
+        carry_out(run, stop)
+        still_there()
+        return _finished(run)
 
 
 def carry_out(
@@ -246,7 +253,8 @@ def stop_if_asked(run: Run, progress: Progress, stop: StopSignal) -> None:
 def _finished(run: Run) -> dict[str, Any]:
     """Prints the table and draws the pictures, without which the run is whole."""
     if parallel.is_first():
-        print(tables.step_table(run.results), flush=True)
+        width = terminal.columns(sys.stdout) if sys.stdout.isatty() else 0
+        print(tables.step_table(run.results, width=width), flush=True)
         pictures = []
         try:
             from bsce_jax.report import plots  # matplotlib only at the end
@@ -260,7 +268,7 @@ def _finished(run: Run) -> dict[str, Any]:
 
 def _where_it_is(workdir: epath.Path, pictures: Sequence[epath.Path]) -> str:
     """What a run has left and what can be done with it next, for a person."""
-    files = [workdir / FILE_NAME, *pictures]
+    files = [workdir / results.FILE_NAME, *pictures]
     quoted = printable(shlex.quote(os.fspath(workdir)))
     return "\n".join(
         [

@@ -19,7 +19,7 @@ infinity turns one-hot, entropy and divergence terms into NaN.
 
 
 def uniform(seen: ArrayLike) -> jax.Array:
-    """Softmax cross-entropy over the seen classes (Eq. 1).
+    """The plain softmax cross-entropy, over the seen classes.
 
     Args:
       seen: ``[classes]`` bool, classes learned so far, this step's included.

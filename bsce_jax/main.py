@@ -30,6 +30,7 @@ def main(argv: Sequence[str]) -> int:
             given.coordinator_address, given.num_processes, given.process_id
         )
         peers = join.join(address, given.peer_timeout, given.join_timeout)
+        jax_settings.keep_compiled(config, alone=peers is None)
         jax_settings.require_devices()
         status = _run(config, folder, peers, given.show_config)
     except flags.HelpRequested as asked:
@@ -58,9 +59,8 @@ def _run(config: Any, folder: Any, peers: Any, show_config: bool) -> int:
             print(plan)
         return 0
     logger.info("workdir %s", folder)
-    what = "all" if show_config else "what differs from the defaults"
-    more = "" if show_config else " or with --show_config"
-    logger.info("configuration, %s (whole in its results.json%s):", what, more)
+    what = "all of it" if show_config else "what is not the default"
+    logger.info("configuration, %s (whole: --show_config, results.json):", what)
     for line in hashes.listing(config, everything=show_config):
         logger.info("  %s", line)
     lock = contextlib.nullcontext() if follows else workdir.lock(folder)

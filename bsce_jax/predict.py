@@ -5,8 +5,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from bsce_jax import terminal
 
@@ -17,15 +17,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel, steps
 from bsce_jax.compute.state import Batch, Network, StepContext
-from bsce_jax.errors import UserError, printable
-from bsce_jax.report.results import read
+from bsce_jax.config import recorded
+from bsce_jax.errors import UserError, field_error, printable
+from bsce_jax.report.results import FILE_NAME, read
 from bsce_jax.run import dataset, programs
 from bsce_jax.run.context import test_context
+from bsce_jax.run.progress import finished_checkpoint
+
+# Of a run's configuration; a name with a dot at its end is a section.
+_NEEDED = (
+    *("method", "model.", "scenario.", "memory.", "optim.", "evaluation.batch_size"),
+    *("data.mean", "data.std", "data.padding", "data.flip", "data.brightness"),
+)
 
 SHOWN = 3  # classes of an image
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -81,17 +90,19 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
     if not -len(known) <= step < len(known):
         raise UserError(f"step={step}: finished steps of {folder} are {known}")
     step = known[step]
-    config = _nested(results["config"])
-    if "phase" not in config:
-        raise UserError(f"{folder} was made by a version before 0.2: train it again")
-    devices = parallel.create("jit", jax.local_devices()[:1])
-    model = programs.build_model(config, devices, len(results["class_names"]))
+    try:
+        config, model, target = _network(results)
+    except UserError as error:
+        raise UserError(f"{folder / FILE_NAME}: {error}") from None
     shape = tuple(results["image_shape"])
-    target = programs.network_shapes(config, model, shape)
-    found = _checkpoint_of(folder / "checkpoints", step)
-    network = store.restore(
-        folder / "checkpoints", found, {"state": {"network": target}}, partial=True
-    ).arrays["state"]["network"]
+    checkpoints = folder / store.FOLDER
+    found = store.restore(
+        checkpoints,
+        finished_checkpoint(checkpoints, step),
+        {"state": {"network": target}},
+        partial=True,
+    )
+    network = found.arrays["state"]["network"]
     seen = [record["result"]["num_seen"] for record in results["steps"][: step + 1]]
     names = tuple(results["class_names"][: seen[-1]])
     program = programs.test_program(config, model)
@@ -114,6 +125,26 @@ def load(workdir: epath.PathLike, step: int = -1) -> Predictor:
     return Predictor(names, shape, predict, resize, config.evaluation.batch_size)
 
 
+def _network(results: Mapping[str, Any]) -> tuple[ConfigDict, nn.Module, Network]:
+    """Of a run: its configuration, its model, and shapes and dtypes of its network.
+
+    Raises:
+      UserError: the configuration is that of no run, or of no run with such images.
+    """
+    flat, shape = results["config"], tuple(results["image_shape"])
+    if not any(name.startswith("phase.") for name in flat):
+        raise UserError("made by a version before 0.2: train it again")
+    streamed = flat.get("data.loading") == "streaming"
+    config = recorded.nested(flat, [*_NEEDED, *["data.resize"] * streamed])
+    for name in ("mean", "std"):
+        if len(config.data[name]) != shape[2]:
+            allowed = f"{shape[2]} numbers, one a channel of the images"
+            raise field_error(f"data.{name}", config.data[name], allowed)
+    devices = parallel.create("jit", jax.local_devices()[:1])
+    model = programs.build_model(config, devices, len(results["class_names"]))
+    return config, model, programs.network_shapes(config, model, shape)
+
+
 def _probabilities(
     program: steps.Program, network: Network, seen: Sequence[int]
 ) -> Callable[[np.ndarray], jax.Array]:
@@ -132,28 +163,6 @@ def _probabilities(
         return found[:, : seen[-1]]
 
     return functools.partial(probabilities, network, context)
-
-
-def _checkpoint_of(folder: epath.Path, step: int) -> int:
-    for number in store.numbers(folder):
-        meta = store.read_meta(folder, number)
-        if meta["step"] == step and meta["finished"]:
-            return number
-    raise UserError(f"{folder} has no checkpoint of the end of step {step}")
-
-
-def _nested(flat: dict) -> ConfigDict:
-    """A flattened configuration as it was; flattening leaves empty sections out."""
-    config = ConfigDict({"options": {}})
-    for name, value in flat.items():
-        *sections, field = name.split(".")
-        section = config
-        for part in sections:
-            if part not in section:
-                section[part] = ConfigDict()
-            section = section[part]
-        section[field] = tuple(value) if isinstance(value, list) else value
-    return config
 
 
 def read_image(path: str, shape: tuple[int, int, int], resize: int = -1) -> np.ndarray:
@@ -285,7 +294,7 @@ def _of_test_images(
       UserError: the data set is not here, or another.
     """
     results = read(workdir)
-    config = _nested(results["config"])
+    config = recorded.nested(results["config"], (*_NEEDED, "data.", "seed"))
     data = dataset.load(config)
     if changed := dataset.difference(results["data"], dataset.facts(data)):
         raise UserError(f"{workdir}: its data set has changed: {changed}")

@@ -25,6 +25,8 @@ A host that is lost restarts all of them; they go on from the checkpoints. Hosts
 taken away do not count against --max_restarts. Exit status 2, a wrong argument of the run,
 is not tried again.
 
+Tested with a stand-in for kubectl; it has met no real cluster yet.
+
   --name NAME          of the job
   --namespace NAME     (kubectl's)
   --kind KIND          jobset (needs the JobSet controller, 0.10.1 or later) or job (jobset)

@@ -18,6 +18,8 @@ time limit, and when it is preempted, the run saves and the job is requeued; it 
 its checkpoints. It is requeued too where a process was lost or killed (status 3, or 128 and
 more). `scancel` ends it for good, `scancel --signal=TERM JOB` saves and requeues.
 
+Tested with stand-ins for SLURM's commands; it has met no real SLURM yet.
+
   --nodes N            hosts (1)
   --gpus N             of each host; 0 = CPU (8)
   --cpus N             of each host, which also decode images; 0 = the partition's default (0)

@@ -30,6 +30,8 @@ Commands, each for one pod (--name, --zone):
 Exit status: 0 done; 1 given up, or the pod could not be deleted; 2 wrong arguments, of this
 script or of the run; 143 stopped.
 
+Tested with a stand-in for gcloud; it has met no real TPU yet.
+
   --name NAME          of the pod
   --zone ZONE          such as us-central2-b
   --project ID         (gcloud's)

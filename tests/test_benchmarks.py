@@ -142,6 +142,7 @@ def test_rivals_compute_the_same(load, monkeypatch, method, prior):
         assert abs(other[0] / ours[0] - 1) > 1e-3, name
 
 
+@pytest.mark.slow
 def test_what_speed_times(load, monkeypatch):
     """Programs are traced and not compiled: all that they give is ones."""
     problem, speed = load("problem"), load("speed")

@@ -140,6 +140,7 @@ def test_relative_directory(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a/b").mkdir(parents=True)
     store.save("a/b", 0, small(1), {})
     assert store.numbers("a/b") == [0]
     assert_same(store.restore("a/b", 0, small(0)).arrays, small(1))
@@ -435,6 +436,7 @@ def test_background_pruning(tmp_path: pathlib.Path) -> None:
 
 def fail_in_background(folder: pathlib.Path, writer: Writer) -> None:
     """Its save fails: the number is taken."""
+    folder.mkdir(exist_ok=True)
     store.save(folder, 5, small(5), {})
     writer.save(folder, 5, small(6), {}, then=pytest.fail)
 

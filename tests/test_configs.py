@@ -177,7 +177,7 @@ def test_the_hyper_parameters_of_the_paper_on_cifar100(prior, more, steps):
         "terms.softmax_ce.rescale": False,
         "meta.every": 10,
         "meta.fraction": 0.1,
-        "meta.inner_learning_rate": 1.0,  # Algorithm 1 as printed
+        "meta.inner_learning_rate": 1.0,  # a choice: Algorithm 1 gives none
         "meta.optimizer": "sgd",
         "meta.learning_rate": 1.0,
         "prior": prior,

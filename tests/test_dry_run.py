@@ -40,6 +40,7 @@ def run(tmp_path):
     return setup.prepare(resolve(c), tmp_path)
 
 
+@pytest.mark.slow
 def test_an_update_takes_as_long_as_its_images_in_one_stream(run, monkeypatch):
     """Two threads decode: however many images are ready once the update compiled."""
     read, crop, opened = streaming.read, streaming.Reader.crop, []

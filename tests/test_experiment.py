@@ -5,11 +5,13 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from bsce_jax import experiment
 from bsce_jax.checkpoints import store
 from bsce_jax.errors import UserError
 from tests import runs
@@ -196,6 +198,65 @@ def test_load_predicts_and_the_command_line_prints_names(balanced, folder, capsy
         runs.load(balanced, step=7)
     with pytest.raises(UserError, match="expected uint8"):
         predictor(arrays.images.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "how", ["json", pytest.param("arrays", marks=pytest.mark.slow)]
+)
+def test_a_step_is_loaded_whatever_befalls_the_others(balanced, tmp_path, how):
+    copy = shutil.copytree(balanced, tmp_path / "copy")
+    numbers = store.numbers(copy / "checkpoints")
+    ends = [
+        copy / "checkpoints" / str(n)
+        for n in numbers
+        if store.read_meta(copy / "checkpoints", n)["finished"]
+    ]
+    for other in (ends[0], ends[2]):
+        if how == "json":
+            (other / "manifest" / "data.json").write_text("[" * 10**5)
+        else:
+            shutil.rmtree(other / "arrays")
+    assert len(runs.load(copy, step=1).class_names) == 5
+    for step in (0, 2):
+        with pytest.raises(UserError, match=f"checkpoint {ends[step]} is damaged") as e:
+            runs.load(copy, step=step)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.slow
+def test_a_run_whose_workdir_is_removed_ends_and_makes_no_other(
+    config, folder, capsys, monkeypatch
+):
+    workdir, start = folder / "gone", experiment.begin
+
+    def lose(run, *arguments):
+        run.writer.wait()
+        shutil.rmtree(workdir)
+        return start(run, *arguments)
+
+    monkeypatch.setattr(experiment, "begin", lose)
+    line = failure(capsys, config, workdir, "--config.prior=balanced")
+    assert line.startswith(f"bsce_jax: --workdir='{workdir}' is gone: it was removed")
+    assert not workdir.exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_workdir_is_removed_at_its_end_has_not_succeeded(
+    config, folder, capsys, monkeypatch
+):
+    workdir = folder / "gone late"
+
+    def lose(run, progress, finished):
+        save(run, progress, finished)
+        if run.results["status"] == "done":
+            run.writer.wait()
+            shutil.rmtree(workdir)
+
+    save = experiment.save
+    monkeypatch.setattr(experiment, "save", lose)
+    line = failure(capsys, config, workdir, "--config.prior=balanced")
+    assert line.startswith(f"bsce_jax: --workdir='{workdir}' is gone: it was removed")
+    assert not workdir.exists()
 
 
 def test_many_files_are_predicted_in_batches(balanced, folder, capsys, monkeypatch):

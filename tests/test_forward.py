@@ -136,6 +136,7 @@ def outputs(tested, variables, images, train, valid=None):
     return logits, out["features"]
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_the_loss_of_its_outputs_written_out(x64):
     """Gradients of own parameters, moved extra, and the teacher's own and extra."""
     tested = with_forward("il_baseline", meta=False)

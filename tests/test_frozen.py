@@ -95,7 +95,9 @@ def _is_params(tree) -> bool:
     return isinstance(tree, dict) and OWN in tree
 
 
-@pytest.mark.parametrize("method", ["lucir", "podnet"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("lucir", marks=pytest.mark.slow), "podnet"]
+)
 def test_frozen_rows_stay_against_gradient_decay_and_momentum(x64, method):
     """Old rows of the head do not move by a bit; the learned scale does."""
     tested = program(jnp.float64, False, method, False)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tests.runs import ROOT
-from tests.test_benchmarks import load, run  # noqa: F401
+from tests.test_benchmarks import ENVIRONMENT, load, run  # noqa: F401
 
 IMAGES = 1_281_167
 MANUAL = ROOT / "docs" / "launching.md"
@@ -22,15 +22,40 @@ def test_sizes_of_the_manual(load):  # noqa: F811
         assert f"{found['bytes']['checkpoint'] / 2**20:.0f} MiB" in manual
 
 
+def test_exchanges_between_devices_of_a_program(load):  # noqa: F811
+    """As XLA writes them for a TPU: layouts, tuples, and the starts of some."""
+    text = """
+  %all-reduce.1 = f32[64]{0:T(256)S(1)} all-reduce(%x), channel_id=1
+  %all-reduce.2 = (f32[64]{0:T(256)}, /*index=1*/bf16[2,3]{1,0}) all-reduce(%x, %y)
+  %start = f32[8]{0} all-reduce-start(%z), channel_id=3
+  %done = f32[8]{0} all-reduce-done(%start)
+  ROOT %gathered = f32[2,2]{1,0} all-gather(%w), dimensions={0}
+  %fusion = f32[64]{0} fusion(%all-reduce.1), kind=kLoop
+"""
+    found = load("cost").collectives(text)
+    assert found == {"all-reduce": [256, 268, 32], "all-gather": [16]}
+
+
 @pytest.mark.slow
-def test_imagenet_cost(tmp_path):
+def test_imagenet_cost(tmp_path, monkeypatch):
+    """The program of a slice, with this machine's devices in the place of its chips."""
+    monkeypatch.setitem(ENVIRONMENT, "JAX_NUM_CPU_DEVICES", "4")
     output = tmp_path / "cost.json"
     flags = ["--method=il_baseline", "--prior=meta", "--dtype=float32", "--batch=2"]
     flags += ["--pixels=32", "--classes=20", "--width=4", f"--output={output}"]
-    assert "MiB at 2" in run("imagenet_cost.py", *flags, reduced=False)
+    text = run("imagenet_cost.py", *flags, reduced=False)
+    assert (
+        "MiB at 2" in text
+        and "| cpu | 4 | 1 | il_baseline | yes | float32 | 2 |" in text
+    )
     (found,) = json.loads(output.read_text())["results"]
     assert 0 < found["flops_per_image"] < found["flops_per_image_with_alpha"]
-    assert found["batches"]["2"]["memory"] > found["bytes"]["parameters"] > 0
+    facts = found["batches"]["2"]
+    assert facts["memory"] > found["bytes"]["parameters"] > 0
+    ((kind, exchanged),) = facts["collectives"].items()
+    assert kind == "all-reduce" and facts["moved"] > sum(exchanged)
+    # The gradient of every parameter, and the statistics of BatchNorm.
+    assert sum(exchanged) > found["bytes"]["parameters"]
     for steps, old in (("5", 10 + 12 + 14 + 16 + 18), ("10", sum(range(10, 20)))):
         facts = found["runs"][steps]
         assert facts["images"] == 100 * (IMAGES // 50 + 20 * old)

@@ -13,22 +13,32 @@ PAPER |= {"norms", "neighbours", "neural_gas", "slda", "dde", "losses", "models"
 ALLOWED: dict[str, set[str]] = {
     **{name: PAPER for name in PAPER},
     "errors": set(),
+    "untrusted": set(),
     "terminal": set(),
     "telemetry": {"terminal"},
-    "checkpoints": set(),
-    "data": {"scenario", "terminal"},
+    "checkpoints": {"untrusted"},
+    "data": {"scenario", "terminal", "untrusted"},
     "compute": PAPER,
     "methods": PAPER | {"compute"},
     "config": PAPER | {"methods"},
-    "report": PAPER | {"config", "terminal"},
-    "hosts": {"config", "telemetry", "terminal"},
+    "report": PAPER | {"config", "terminal", "untrusted"},
+    "hosts": {"config", "telemetry", "terminal", "untrusted"},
     "run": PAPER
     | {"methods", "compute", "config", "data", "checkpoints", "telemetry", "report"},
-    "experiment": {"run", "report", "hosts", "config", "compute", "checkpoints"},
-    "predict": {"run", "report", "compute", "checkpoints", "data", "terminal"},
+    "experiment": {"run", "report", "hosts", "config", "compute", "checkpoints"}
+    | {"terminal"},
+    "predict": {
+        "run",
+        "report",
+        "config",
+        "compute",
+        "checkpoints",
+        "data",
+        "terminal",
+    },
     "main": {"experiment", "run", "hosts", "config", "terminal"},
     "reproduce": {"experiment", "run", "report", "hosts", "config", "checkpoints"}
-    | {"terminal"},
+    | {"terminal", "untrusted"},
     "__init__": PAPER | {"predict"},
 }
 # `compute`, of which methods see the state alone.

@@ -1,15 +1,18 @@
 """The procedures of the methods, on the host: new rows of the head, and others."""
 
+import functools
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bsce_jax import methods
-from bsce_jax.compute.state import OWN, Network
+from bsce_jax.compute.state import OWN, Batch, Network
 from bsce_jax.errors import UserError
+from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 from bsce_jax.methods import bic, geodl, icarl, lucir, ncm, podnet, spb, spb_i, spb_m
 from bsce_jax.models import new_rows, rotations
 from bsce_jax.nearest_mean import normalised
@@ -229,6 +232,29 @@ def test_a_scale_and_a_shift_start_anew_on_the_new_classes():
     assert found.extra["corrected"].tolist() == [False] * 3 + [True] * 2 + [False] * 2
     assert found.params["head"] is step.network.params["head"]
     assert step.network.params[OWN] == own  # of the teacher
+
+
+def test_a_scale_and_a_shift_are_those_of_the_port(x64, parity):
+    file = parity("bic_bias_layer")
+    z, labels = file["in_logits"], file["in_labels"]
+    new = np.arange(z.shape[1]) >= 50
+
+    def loss(z, own):
+        network = Network({OWN: own}, {}, {"corrected": new})
+        batch = Batch(z, labels, np.ones(len(z)))
+        out, _ = bic.forward(lambda *_: ({"logits": z}, network), network, batch, None)
+        values = softmax_cross_entropy(out["logits"], labels, np.zeros(z.shape[1]))
+        return values.mean(), out["logits"]
+
+    own = {"scale": file["in_alpha"], "shift": file["in_beta"]}
+    found = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(z, own)
+    (value, logits), (by_logits, by_own) = found
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
+    close(logits, file["out_logits"])
+    close(value, file["out_ce"])
+    close(by_logits, file["grad_logits"])
+    close(by_own["scale"], file["grad_alpha"][0])
+    close(by_own["shift"], file["grad_beta"][0])
 
 
 # Means

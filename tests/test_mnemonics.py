@@ -138,7 +138,7 @@ def outputs(halves, begun, head, pixels, images):
     return out["logits"], out["halves"]
 
 
-@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("halves", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_unrolled_head_is_that_of_a_loop_in_numpy(halves):
     with jax.enable_x64(True):
         begun, head, pixels, images = arrays(halves)

@@ -131,6 +131,7 @@ def test_padding_rows_count_for_nothing():
         )
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_a_network_with_chunks(x64):
     module, state, images, labels = setting(dtype=np.float64, conv_chunks=2)
     params, stats = state["params"], state["batch_stats"]

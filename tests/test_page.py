@@ -265,6 +265,7 @@ def test_the_command_refuses_in_one_line(
     assert {path.name for path in tmp_path.iterdir()} == {name}
 
 
+@pytest.mark.slow
 def test_sweeps_and_pictures_of_the_papers_tables(tmp_path: pathlib.Path) -> None:
     """Of Table 1 one column; the whole page is drawn for the browser's tests."""
     example_page.write_example(tmp_path)

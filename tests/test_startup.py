@@ -77,6 +77,64 @@ def test_flags_that_come_too_late_are_an_error(tmp_path):
         jax_settings.configure_jax(config, epath.Path(tmp_path))
 
 
+@pytest.fixture
+def settings(monkeypatch) -> dict[str, object]:
+    """What JAX is told, and not told here."""
+    told: dict[str, object] = {}
+    monkeypatch.setattr(jax.config, "update", told.__setitem__)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    return told
+
+
+FOLDER = "jax_compilation_cache_dir"
+
+
+def test_compiled_programs_are_the_users_own(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    jax_settings.keep_compiled(default_config(), alone=True)
+    own = tmp_path / "caches" / "bsce_jax"
+    assert settings[FOLDER] == str(own) and own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    jax_settings.keep_compiled(default_config(), alone=True)
+    assert own.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")  # means nothing, says its standard
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jax_settings.keep_compiled(default_config(), alone=True)
+    assert settings[FOLDER] == str(tmp_path / ".cache" / "bsce_jax")
+
+
+def test_a_folder_that_is_named_stays_and_several_processes_need_one(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax_settings.keep_compiled(default_config(), alone=False)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/compiled")
+    jax_settings.keep_compiled(default_config(), alone=True)
+    assert FOLDER not in settings and not list(tmp_path.iterdir())
+
+
+def test_a_cache_of_somebody_else_is_not_used(settings, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("bsce_jax"), "propagate", True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    jax_settings.keep_compiled(default_config(), alone=True)
+    assert "bsce_jax belongs to another user" in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    jax_settings.keep_compiled(default_config(), alone=True)
+    assert caplog.text.count("compiled programs are not kept") == 2
+    assert FOLDER not in settings
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_programs_outside_of_its_workdir(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("XLA_FLAGS")  # or nothing is long to compile
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    runs.run(config, tmp_path / "run", "--config.compile_cache=true", small=False)
+    assert list((tmp_path / "caches" / "bsce_jax").glob("*update*"))
+    assert not list((tmp_path / "run").rglob("*update*-cache"))
+
+
 # Root may write anywhere, and nobody may not read this installation.
 AS_NOBODY = """
 def open_as_nobody(path, open_workdir=workdir.open_workdir):

@@ -128,6 +128,7 @@ def test_train_step_is_pytorch_sgd_on_the_weighted_terms(x64):
     assert_close(new.network.params, expected, 1e-11)
 
 
+@pytest.mark.slow
 def test_noise_on_the_gradient_is_the_same_on_all_devices(x64):
     """Of its own random key and the epoch's deviation, over the images of the batch."""
     plain = program(jnp.float64, meta=False, augmented=False)

@@ -16,8 +16,7 @@ other processes, but for the agreement at the end of :func:`latest`. See
 `checkpoint_writer` for saving in the background.
 """
 
-import hashlib
-import json
+import errno
 import logging
 import os
 import re
@@ -29,9 +28,11 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from bsce_jax.checkpoints import orbax_files
-from bsce_jax.errors import UserError
+from bsce_jax.checkpoints import manifest, orbax_files
+from bsce_jax.checkpoints.manifest import CheckpointError as CheckpointError
+from bsce_jax.checkpoints.manifest import DamagedError as DamagedError
 
+FOLDER = "checkpoints"  # of a run's, in its workdir
 _log = logging.getLogger(__name__)
 
 _Specs = Mapping[str, Mapping[str, Any]]  # shape, dtype and sha256 by name of array
@@ -39,14 +40,6 @@ _NONE = -1  # stands for "no checkpoint"
 _NUMBER = re.compile(r"0|[1-9]\d*")
 # Names of folders that were being written or deleted when a process died.
 _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp.*|deleted)")
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be written, read or fitted to its target."""
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint is incomplete or its checksums do not match."""
 
 
 class Restored(NamedTuple):
@@ -74,7 +67,7 @@ def save(
     in any thread, by one at a time. In every process but the first it does nothing.
 
     Args:
-      directory: the folder of all checkpoints; created if need be.
+      directory: the folder of all checkpoints, which exists.
       number: >= 0, higher than that of every readable checkpoint there.
       arrays: any tree of JAX or NumPy arrays, scalars as arrays of shape [].
       meta: JSON-able mapping; comes back as JSON gives it (tuples as lists).
@@ -92,13 +85,15 @@ def save(
     directory = _absolute(directory)
     path = directory / str(number)
     leaves = _named_leaves(jax.device_get(arrays))
-    manifest = _seal(number, leaves, meta)
+    sealed = manifest.seal(number, leaves, meta)
 
     def write() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        # Never made here: one that is removed has taken earlier checkpoints with it.
+        if not (_is_remote(directory) or directory.is_dir()):
+            raise FileNotFoundError(errno.ENOENT, "the folder of checkpoints is gone")
         _remove_leftovers(directory)
         _make_room(directory, number)
-        orbax_files.write(path, _stored(leaves), manifest)
+        orbax_files.write(path, _stored(leaves), sealed)
 
     def failure(reason: str) -> CheckpointError:
         _remove_leftovers(directory)
@@ -169,30 +164,31 @@ def restore(
     With ``partial`` the target may lack leaves of the checkpoint; they are not read.
 
     Raises:
-      DamagedError: it is incomplete or a checksum does not match.
-      CheckpointError: it does not exist, or does not have the target's structure.
+      DamagedError: it is not there, incomplete, or a checksum does not match.
+      CheckpointError: it does not have the target's structure.
     """
     path = _absolute(directory) / str(number)
-    manifest = _read_manifest(path)
-    expected = {name: _spec(leaf) for name, leaf in _named_leaves(target).items()}
-    specs = manifest["arrays"]
+    found = manifest.read(path)
+    leaves = _named_leaves(target).items()
+    expected = {name: manifest.spec_of(leaf) for name, leaf in leaves}
+    specs = found["arrays"]
     if partial:
         specs = {name: spec for name, spec in specs.items() if name in expected}
     _check_fit(path, specs, expected)
-    leaves = _read_arrays(path, specs)
-    ordered = [leaves[name] for name in expected]
-    arrays = jax.tree.unflatten(jax.tree.structure(target), ordered)
-    return Restored(number, arrays, manifest["meta"])
+    arrays = _read_arrays(path, specs)
+    ordered = [arrays[name] for name in expected]
+    tree = jax.tree.unflatten(jax.tree.structure(target), ordered)
+    return Restored(number, tree, found["meta"])
 
 
 def read_meta(directory: epath.PathLike, number: int) -> dict[str, Any]:
     """Reads and verifies the ``meta`` of a checkpoint, without its arrays.
 
     Raises:
-      DamagedError: the JSON is missing, unreadable or does not match its checksum.
-      CheckpointError: there is no such checkpoint.
+      DamagedError: it is not there, or the JSON is missing, unreadable or does not
+        match its checksum.
     """
-    return _read_manifest(_absolute(directory) / str(number))["meta"]
+    return manifest.read(_absolute(directory) / str(number))["meta"]
 
 
 def numbers(directory: epath.PathLike) -> list[int]:
@@ -251,66 +247,25 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
-def _spec(leaf: Any) -> dict[str, Any]:
-    """Shape and dtype as JSON."""
-    return {"shape": list(leaf.shape), "dtype": np.dtype(leaf.dtype).name}
-
-
 def _stored(leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """What Orbax is given: it refuses arrays without elements and empty trees."""
     stored = {name: np.asarray(leaf) for name, leaf in leaves.items() if leaf.size}
     return stored or {"nothing": np.zeros((), np.bool_)}
 
 
-def _array_hash(array: np.ndarray) -> str:
-    """SHA-256 of dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{array.dtype.name}{array.shape}".encode())
-    # Flat bytes, since bfloat16 offers no buffer of its own.
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _json_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all entries but the hash itself, independent of key order."""
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _seal(number: int, leaves: dict[str, Any], meta: Mapping[str, Any]) -> dict:
-    """The manifest: number, meta, and shape, dtype and hash of each array."""
-    specs = {name: _spec(x) | {"sha256": _array_hash(x)} for name, x in leaves.items()}
-    # Through JSON and back, so that its hash is that of what will be read.
-    meta = json.loads(json.dumps(dict(meta)))
-    manifest = {"number": number, "meta": meta, "arrays": specs}
-    return manifest | {"sha256": _json_hash(manifest)}
-
-
-def _read_manifest(path: epath.Path) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"no checkpoint {path.name} in {path.parent}")
-    try:
-        manifest = json.loads((path / orbax_files.MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise _damaged(
-            path, f"its JSON is unreadable: {orbax_files.reason(error)}"
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("sha256") != _json_hash(manifest):
-        raise _damaged(path, "checksum of its JSON does not match")
-    if str(manifest["number"]) != path.name:
-        raise _damaged(path, f"holds checkpoint {manifest['number']}")
-    return manifest
-
-
 def _read_arrays(path: epath.Path, specs: _Specs) -> dict[str, np.ndarray]:
     """Arrays by name, each compared with its checksum."""
-    blank = {name: np.zeros(s["shape"], s["dtype"]) for name, s in specs.items()}
+    try:
+        blank = {name: np.zeros(s["shape"], s["dtype"]) for name, s in specs.items()}
+    except (TypeError, ValueError, MemoryError) as error:
+        raise manifest.damaged(path, f"an array cannot be: {error}") from error
     leaves = blank | orbax_files.attempt(
         lambda: orbax_files.read(path, _stored(blank)),
-        lambda reason: _damaged(path, reason),
+        lambda reason: manifest.damaged(path, reason),
     )
     for name, spec in specs.items():
-        if _array_hash(leaves[name]) != spec["sha256"]:
-            raise _damaged(path, f"checksum of {name} does not match")
+        if manifest.array_hash(leaves[name]) != spec["sha256"]:
+            raise manifest.damaged(path, f"checksum of {name} does not match")
     return leaves
 
 
@@ -331,7 +286,7 @@ def _make_room(directory: epath.Path, number: int) -> None:
     for other in damaged:
         try:
             path = directory / str(other)
-            _read_arrays(path, _read_manifest(path)["arrays"])
+            _read_arrays(path, manifest.read(path)["arrays"])
         except DamagedError as error:
             _log.warning("%s; renamed to %d.damaged", error, other)
         else:
@@ -343,7 +298,9 @@ def _make_room(directory: epath.Path, number: int) -> None:
 def _set_aside(path: epath.Path) -> None:
     """Renames a checkpoint to ``NUMBER.damaged``, in place of an earlier one."""
     aside = path.with_name(f"{path.name}.damaged")
-    if aside.exists():
+    if os.path.lexists(aside) and not aside.is_dir():
+        aside.unlink()
+    elif aside.exists():
         aside.rmtree()
     if not _is_remote(path):
         path.rename(aside)
@@ -391,7 +348,3 @@ def _remove_leftovers(directory: epath.Path) -> None:
                 path.rmtree()
     except Exception as error:
         _log.warning("cannot clean up %s: %s", directory, orbax_files.reason(error))
-
-
-def _damaged(path: epath.Path, reason: str) -> DamagedError:
-    return DamagedError(f"checkpoint {path} is damaged: {reason}")

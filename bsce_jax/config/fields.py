@@ -108,7 +108,10 @@ RUN = {
         hashed=False,
     ),
     "compile_cache": Field(
-        True, "Keep compiled programs in the workdir.", hashed=False
+        True,
+        "Keep compiled programs in JAX_COMPILATION_CACHE_DIR or, those of a run of one "
+        "process, in ~/.cache/bsce_jax.",
+        hashed=False,
     ),
 }
 

@@ -171,6 +171,9 @@ def large_images(
 ) -> None:
     """Sets what the runs on large photographs have in common: streamed, 224 pixels.
 
+    Training crops a random part of the image and resizes it (RandomResizedCrop), as the
+    codes of LUCIR and PODNet: a choice, since the paper says crop alone.
+
     Args:
       config: changed in place.
       normalization: mean and standard deviation of each channel.

@@ -62,7 +62,8 @@ def parse(argv: Sequence[str]) -> Any:
     try:
         config = load(given)
     except ChoicesRequested as asked:
-        text = choices.describe(*asked.args, ARGUMENT_FIELDS)
+        name, allowed = asked.args
+        text = choices.describe(name, allowed, ARGUMENT_FIELDS)
         raise HelpRequested(text) from None
     for argument in others:
         if argument.startswith(f"--{_PREFIX}"):

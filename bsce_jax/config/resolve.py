@@ -58,7 +58,7 @@ def validate(config: ConfigDict) -> None:
     _check_fields(values, _expected(values), "")
     terms.check(config.terms)
     for name, value in flatten(config).items():
-        _check_value(name, value)
+        check_value(name, value)
     _check_together(config)
 
 
@@ -103,10 +103,18 @@ def _check_fields(given: Mapping[str, Any], expected: Mapping, prefix: str) -> N
             raise field_error(prefix + name, value, wrong)
 
 
-def _check_value(name: str, value: Any) -> None:
-    """Checks choices and bounds."""
+def check_value(name: str, value: Any) -> None:
+    """Checks a field's type, choices and bounds; not those of free sections.
+
+    Args:
+      name: dotted.
+      value: of it; a list where it was flattened.
+
+    Raises:
+      UserError: names the field, its value and what is allowed.
+    """
     field = find(name)
-    if field is None or isinstance(field.default, dict) or value is None:
+    if field is None or isinstance(field.default, dict):
         return
     if field.choices and value not in field.choices:
         names = ", ".join(choice or "''" for choice in field.choices)

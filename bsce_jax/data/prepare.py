@@ -78,12 +78,13 @@ def download(url: str, path: pathlib.Path, size: int) -> None:
     Raises:
       UserError: the download fails.
     """
+    shown = terminal.shows_bars()
     try:
         with (
             urllib.request.urlopen(url, timeout=TIMEOUT) as answer,
             path.open("wb") as file,
             tqdm(
-                total=size, desc=path.name, unit="B", unit_scale=True, disable=None
+                total=size, desc=path.name, unit="B", unit_scale=True, disable=not shown
             ) as bar,
         ):
             while file.tell() <= size and (block := answer.read(BLOCK)):

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from bsce_jax.data import records
+from bsce_jax.data import metadata, records
 from bsce_jax.data.builders import digits
 from bsce_jax.data.records import CHUNK as CHUNK
 from bsce_jax.data.records import Encoded as Encoded
@@ -97,7 +97,10 @@ def class_names(name: str, data_dir: str = "") -> tuple[str, ...]:
 def channels(name: str, data_dir: str = "") -> int:
     """Returns the channels of the images as the metadata has them; reads none."""
     info = _builder(name, data_dir).info
-    return int(info.features[feature_names(info)[0]].shape[-1])
+    found = info.features[feature_names(info)[0]].shape[-1]
+    if found is None:
+        raise UserError(f"metadata in {info.data_dir} are damaged: no channels")
+    return int(found)
 
 
 def labels(name: str, split: str, data_dir: str = "") -> np.ndarray:
@@ -202,7 +205,7 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
                 f"to prepare it: {_how_to_prepare(name, data_dir)}"
             )
         version_folder = folder / (version or found[-1])
-    builder = tfds.builder_from_directory(version_folder)
+    builder = metadata.open_version(version_folder)
     formats = {
         file_format.value for file_format in builder.info.available_file_formats()
     }
@@ -214,7 +217,7 @@ def _builder(name: str, data_dir: str) -> tfds.core.DatasetBuilder:
             f"{_how_to_prepare(name, data_dir)}"
         )
     if builder.info.file_format.value != "array_record":
-        return tfds.builder_from_directory(version_folder, file_format="array_record")
+        return metadata.open_version(version_folder, "array_record")
     return builder
 
 
@@ -225,7 +228,7 @@ def _versions(folder: epath.Path) -> list[str]:
         found = [
             child.name
             for child in children
-            if VERSION.fullmatch(child.name) and (child / "dataset_info.json").is_file()
+            if VERSION.fullmatch(child.name) and (child / metadata.INFO).is_file()
         ]
     except ImportError as error:  # what etils says where a bucket's client is missing
         raise UserError(f"{folder} cannot be read: {error}") from error

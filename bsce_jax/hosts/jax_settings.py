@@ -2,6 +2,8 @@
 
 import logging
 import os
+import pathlib
+import stat
 import warnings
 
 import jax
@@ -21,8 +23,7 @@ def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
 
     Args:
       config: resolved configuration.
-      workdir: where compiled programs are kept, if config.compile_cache and unless
-        JAX_COMPILATION_CACHE_DIR names another folder. It need not exist yet.
+      workdir: where XLA keeps its choice of kernels. It need not exist yet.
 
     Raises:
       RuntimeError: config.deterministic, but JAX has read its flags already.
@@ -30,12 +31,52 @@ def configure_jax(config: ConfigDict, workdir: epath.Path) -> None:
     if config.deterministic:
         _add_xla_flags(workdir)
     jax.config.update("jax_default_matmul_precision", config.matmul_precision)
-    if config.compile_cache:
-        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-            jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-        # A cache that cannot be written costs time, not results.
-        warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
+
+
+def keep_compiled(config: ConfigDict, alone: bool) -> None:
+    """Keeps compiled programs between processes, where config.compile_cache says so.
+
+    In the folder that JAX_COMPILATION_CACHE_DIR names, or else in the user's own: they
+    are native code, which a workdir of somebody else must not bring along.
+
+    Args:
+      config: resolved configuration.
+      alone: whether the run has one process. Several need a folder that all see, which
+        only the variable can name: one that compiles may wait for the others to do so.
+    """
+    if not config.compile_cache:
+        return
+    if alone and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        try:
+            folder = str(_users_cache())
+        except (OSError, RuntimeError) as error:  # the latter: there is no home
+            logger.warning("compiled programs are not kept: %s", error)
+            return
+        jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # A cache that cannot be written costs time, not results.
+    warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
+
+
+def _users_cache() -> pathlib.Path:
+    """XDG_CACHE_HOME/bsce_jax or ~/.cache/bsce_jax, which nobody else may write.
+
+    Raises:
+      OSError: it cannot be made, or is another user's.
+      RuntimeError: the user has no home.
+    """
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    caches = (
+        pathlib.Path(given) if os.path.isabs(given) else pathlib.Path.home() / ".cache"
+    )
+    folder = caches / "bsce_jax"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        folder.chmod(0o700)
+    return folder
 
 
 def require_devices() -> None:

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy under a log-prior (Jodelet et al., Eq. 1, 3, 5 and 6)."""
+"""Softmax cross-entropy under a log-prior (Jodelet et al., Eq. 3, 5 and 6)."""
 
 from collections.abc import Mapping
 from typing import Any

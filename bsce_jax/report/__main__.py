@@ -54,7 +54,8 @@ def report(
     """
     runs = [results.read(workdir) for workdir in _with_results(workdirs)]
     if len(runs) == 1:
-        print(tables.step_table(runs[0], markdown), end="\n\n")
+        width = terminal.columns(sys.stdout) if sys.stdout.isatty() else 0
+        print(tables.step_table(runs[0], markdown, width), end="\n\n")
     print(tables.comparison(runs, markdown))
     from bsce_jax.report import plots  # loads Matplotlib, which takes a second
 

@@ -7,7 +7,6 @@ needs no other file and no network, DIR/report.md and DIR/report.csv.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etils import epath
 
+from bsce_jax import untrusted
 from bsce_jax.errors import UserError
 from bsce_jax.report import cells, results
 
@@ -58,7 +58,8 @@ def write(output: epath.PathLike) -> None:
     from bsce_jax.report import published
 
     folder = epath.Path(output)
-    manifest = _manifest(folder / "manifest.json")
+    expected = "the folder of a reproduction"
+    manifest = untrusted.read_json(folder / "manifest.json", expected)
     found: dict[str, Any] = {}
     broken = set()
     for workdir in cells.workdirs(manifest):
@@ -118,18 +119,6 @@ def _defaults(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if section == "phase" and field in of_phase:
             defaults.setdefault(name, of_phase[field])
     return defaults
-
-
-def _manifest(path: epath.Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        message = f"{path} does not exist: expected the folder of a reproduction"
-        raise UserError(message) from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ The file is one JSON object:
     summary       see `summary`
 
 The `result` of a record is a function of the configuration alone; times, versions and
-devices are in its `telemetry`, which is free in form. Accuracies are percentages over
-the test images of the classes seen so far, classes are positions in the class order:
+devices are in its `telemetry`, free in form but for the numbers that the report shows.
+Accuracies are percentages over the test images of the classes seen so far, classes are
+positions in the class order:
 
     num_old, num_seen         classes of earlier steps; and with this step's
     train_images              images in the step's training set, memory included
@@ -55,7 +56,7 @@ from typing import Any
 
 from etils import epath
 
-from bsce_jax import metrics
+from bsce_jax import metrics, untrusted
 from bsce_jax.errors import UserError
 from bsce_jax.report.schema import SCHEMA, SUMMARY, upgraded, validate
 
@@ -100,7 +101,7 @@ def replace(target: epath.Path, content: str | bytes, shared: bool = False) -> N
         if "://" in os.fspath(target):
             target.write_bytes(data)  # object stores replace a whole object at once
         else:
-            # One fixed name: what a killed run left behind is overwritten by the next.
+            # One fixed name: what a killed run left behind is removed by the next.
             own = f"{socket.gethostname()}-{os.getpid()}." if shared else ""
             _replace(target, target.with_name(f".{target.name}.{own}tmp"), data)
     except Exception as error:  # object stores raise others than OSError, too
@@ -115,7 +116,7 @@ def _reason(error: Exception) -> str:
 
 def _replace(target: epath.Path, temporary: epath.Path, data: bytes) -> None:
     try:
-        with open(temporary, "wb") as file:
+        with untrusted.create(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -138,14 +139,7 @@ def read(workdir: epath.PathLike) -> dict[str, Any]:
       UserError: there is none, it is not JSON, or it breaks the schema.
     """
     path = epath.Path(workdir) / FILE_NAME
-    try:
-        results = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} does not exist: expected a run's workdir") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {_reason(error)}") from error
-    except ValueError as error:  # neither UTF-8 nor JSON
-        raise UserError(f"{path} is not JSON: {error}") from None
+    results = untrusted.read_json(path, "a run's workdir")
     try:
         results = upgraded(results)
         validate(results)

@@ -1,13 +1,18 @@
 """What WORKDIR/results.json must hold (see `bsce_jax.report.results`)."""
 
-import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from bsce_jax.config.declare import text_refusal
 from bsce_jax.errors import UserError
 
 SCHEMA = 3
+_LONGEST = 4000  # characters of a text that is shown, or entries of a list of settings
+_LARGEST = 1e39  # a number: more than float32 has
+_LARGEST_COUNT = 10**12
+_LARGEST_SIDE = 2**14
+_SPLITS = {"training", "test"}
 
 
 def upgraded(results: Any) -> Any:
@@ -44,7 +49,7 @@ def _upgraded_record(step: int, record: Any) -> Any:
 
 
 def validate(results: Any) -> None:
-    """Checks every field but the contents of `config` and `telemetry`.
+    """Checks every field; of `config` and `telemetry` what a report computes with.
 
     Raises:
       UserError: names the field, its value and what is allowed.
@@ -57,6 +62,10 @@ def validate(results: Any) -> None:
         f"{SCHEMA}, or 2 in a file",
     )
     _check_fields(results, _FIELDS, "")
+    for name, value in results["config"].items():
+        allowed = f"printable text, numbers, null, of {_LONGEST} entries at most"
+        _require(_is_name(name), "config", name, allowed)
+        _require(_is_setting(value), f"config.{name[:60]}", value, allowed)
     order = results["class_order"]
     _require(
         len(order) == len(results["class_names"]),
@@ -72,8 +81,32 @@ def validate(results: Any) -> None:
         _require(record["step"] == index, f"{name}step", record["step"], str(index))
         last = index == len(results["steps"]) - 1
         _check_result(record["result"], index, last, seen, len(order))
+        _check_telemetry(record["telemetry"], f"{name}telemetry.")
         seen = record["result"]["num_seen"]
-    _check_fields(results["summary"], SUMMARY, "summary.")
+    _check_summary(results["summary"], [r["result"] for r in results["steps"]])
+
+
+def _check_telemetry(telemetry: Mapping[str, Any], name: str) -> None:
+    for field, (allowed, check) in _TELEMETRY.items():
+        value = telemetry.get(field)
+        _require(check(value), name + field, value, allowed)
+
+
+def _check_summary(
+    summary: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> None:
+    """There is an average of what all steps have, and of nothing else."""
+    _check_fields(summary, SUMMARY, "summary.")
+    absent = dict.fromkeys(SUMMARY, not results) | {
+        "average_incremental_top5": any(r["top5"] is None for r in results),
+        "average_incremental_nearest_mean": any(
+            r["top1_nearest_mean"] is None for r in results
+        ),
+        "forgetting": len(results) < 2,
+    }
+    for field, value in summary.items():
+        allowed = "null" if absent[field] else "a number"
+        _require((value is None) == absent[field], f"summary.{field}", value, allowed)
 
 
 def _check_result(
@@ -140,16 +173,35 @@ _Kind = tuple[str, Callable[[Any], bool]]
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    # JSON may have halves of characters, which nothing can write or draw.
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and not text_refusal(value, _LONGEST)
+
+
+def _is_setting(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) <= _LONGEST and all(map(_is_setting, value))
+    return (
+        value is None or isinstance(value, bool) or _is_number(value) or _is_name(value)
+    )
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and 0 <= value <= _LARGEST_COUNT
 
 
 def _is_number(value: Any) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and abs(value) <= _LARGEST  # NaN is not
+
+
+def _is_shape(value: Any) -> bool:
+    sides = _list_of(_is_count)(value) and len(value) == 3
+    return sides and all(0 < side <= _LARGEST_SIDE for side in value)
 
 
 def _is_percentage(value: Any) -> bool:
@@ -191,6 +243,10 @@ def _is_sha256(value: Any) -> bool:
     return _is_text(value) and bool(re.fullmatch("[0-9a-f]{64}", value))
 
 
+def _are_splits(value: Any) -> bool:
+    return _object_of(_is_split)(value) and value.keys() in (set(), _SPLITS)
+
+
 def _is_split(value: Any) -> bool:
     return (
         _is_object(value)
@@ -212,15 +268,15 @@ _NUMBER_OR_NULL = ("a number or null", _or_null(_is_number))
 
 _FIELDS: dict[str, _Kind] = {
     "schema": _COUNT,
-    "name": _TEXT,
+    "name": (f"text of {_LONGEST} printable characters or less", _is_name),
     "status": ("running or done", lambda value: value in ("running", "done")),
     "config": _OBJECT,
     "config_hash": _TEXT,
     "base_hash": _TEXT,
     "class_names": ("a list of texts", _list_of(_is_text)),
     "class_order": _COUNTS,
-    "image_shape": ("three counts", _list_of(_is_count)),
-    "data": ("an object of images and digest of each split", _object_of(_is_split)),
+    "image_shape": (f"three counts, 1 to {_LARGEST_SIDE}", _is_shape),
+    "data": ("an object of images and digest of each split", _are_splits),
     "steps": ("a list of records", _list_of(_is_object)),
     "summary": _OBJECT,
 }
@@ -250,6 +306,9 @@ _RESULT_2: dict[str, _Kind] = {
     "train_accuracy": _PERCENTAGES,
     "finetune_loss": _NUMBERS,
 }
+_TELEMETRY = dict.fromkeys(
+    ("seconds", "images_per_second", "skipped_test_images"), _NUMBER_OR_NULL
+)
 _CONFUSION: dict[str, _Kind] = {
     "confusion": ("a list of [true, predicted, images > 0]", _list_of(_is_triple))
 }

@@ -1,6 +1,7 @@
 """Plain-text and Markdown tables of results (see `bsce_jax.report.results`)."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ _SUMMARY = {
 }
 
 
-def step_table(results: Results, markdown: bool = False) -> str:
+def step_table(results: Results, markdown: bool = False, width: int = 0) -> str:
     """One row a step, and the average incremental accuracy of the run.
 
     Accuracies in percent over the test images of the classes seen so far, and over
@@ -40,6 +41,11 @@ def step_table(results: Results, markdown: bool = False) -> str:
     of the highest score, and under NME of the nearest mean of exemplars; memory in
     images, seconds of wall clock; what the method has learned beside the network,
     where it has.
+
+    Args:
+      results: of the run.
+      markdown: for Markdown instead of a terminal.
+      width: of the terminal, in which columns that matter less have no place; 0 = any.
     """
     header = ["step", "classes", *COLUMNS.values(), "memory", "seconds"]
     rows = []
@@ -57,6 +63,11 @@ def step_table(results: Results, markdown: bool = False) -> str:
     if any(learned):
         header.append("learned")
         rows = [[*row, text or "-"] for row, text in zip(rows, learned, strict=True)]
+    for name in ("learned", "seconds", "memory", "top-5", "old", "base", "NME"):
+        if 0 < width < len(_format(header, rows, markdown).partition("\n")[0]):
+            kept = [i for i, title in enumerate(header) if title != name]
+            header = [header[i] for i in kept]
+            rows = [[row[i] for i in kept] for row in rows]
     average = results["summary"]["average_incremental_top1"]
     top5 = results["summary"]["average_incremental_top5"]
     last = f"average incremental accuracy: top-1 {_number(average)}"
@@ -67,6 +78,8 @@ def step_table(results: Results, markdown: bool = False) -> str:
         last += f", nearest mean of exemplars {_number(nearest)}"
     if results["status"] != "done":
         last += " so far"
+    if width:
+        last = textwrap.fill(last, width)
     return f"{_format(header, rows, markdown)}\n\n{last}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from bsce_jax import untrusted
 from bsce_jax.errors import UserError
 from bsce_jax.hosts.workdir import in_use
 from bsce_jax.report import published, results
@@ -83,12 +84,12 @@ def _cells_before(output: pathlib.Path, protocol: str) -> dict[tuple[str, ...], 
         for column in table.columns
     }
     try:
-        manifest = json.loads((output / NAME).read_text())
+        manifest = untrusted.read_json(output / NAME, "cells and their runs")
         if manifest["protocol"] != protocol:
             return {}
         cells = {(c["table"], c["row"], c["column"]): c for c in manifest["cells"]}
         return {key: cell for key, cell in cells.items() if key in known}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return {}  # none, or not a manifest: this one takes its place
 
 

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 
+from bsce_jax import untrusted
 from bsce_jax.reproduce import tables
 from bsce_jax.reproduce.tables import Job
 
@@ -32,13 +33,12 @@ class Process:
         # In the output folder, so that what a run writes names no other folder.
         paths = [str(tables.SOURCE), os.environ.get("PYTHONPATH", "")]
         environment = {
-            "JAX_COMPILATION_CACHE_DIR": str(output / "compiled"),
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
         if folder := os.environ.get("TFDS_DATA_DIR"):
             environment["TFDS_DATA_DIR"] = absolute(folder)
-        with self.log.open("a", encoding="utf-8") as file:
+        with untrusted.open_own(self.log) as file:
             print(f"$ {shlex.join(map(str, command))}", file=file, flush=True)
             self._begin = file.tell()
             self._process = subprocess.Popen(

@@ -106,8 +106,8 @@ class Monitor:
             for name, value in found.items()
             if name != "top5"  # a line is for 80 columns
         ]
-        parts = [f"{result['num_seen']} classes", *accuracies]
-        self._bar.note(f"step {step}/{self._steps - 1}: {', '.join(parts)}")
+        line = f"step {step}/{self._steps - 1}: {result['num_seen']} classes"
+        self._bar.note(line, accuracies)
 
     def flush(self) -> None:
         """Puts the events so far on the disk, before the checkpoint they belong to."""

@@ -92,12 +92,16 @@ def save(run: Run, progress: Progress, finished: bool) -> None:
     """Writes a checkpoint in the background, after a step results.json too.
 
     Nothing where the newest checkpoint is this one already.
+
+    Raises:
+      UserError: the workdir is gone, or the save before has failed.
     """
     progress.finished = finished
     run.monitor.flush()
     number = progress.before + progress.updates + progress.step + finished
     if number == run.saved:
         return
+    run.still_there()
     meta = {
         "permanent": finished,
         "step": progress.step,
@@ -219,25 +223,39 @@ def take_over(run: Run, progress: Progress) -> Progress:
         changed = differences(*of_base)
         changed = changed or "classes, terms, or a prior that weighs unequal classes"
         raise UserError(f"{where}: its base step is another one ({changed})")
-    for number in store.numbers(folder / "checkpoints"):
+    found = store.restore(
+        folder / store.FOLDER,
+        finished_checkpoint(folder / store.FOLDER, 0),
+        {"state": _shared(run, progress.state)},
+        partial=True,
+    )
+    state = _merged(progress.state, found.arrays["state"])
+    return dataclasses.replace(
+        progress,
+        state=parallel.replicate(run.devices, state),
+        histories=_histories(found.meta),
+    )
+
+
+def finished_checkpoint(folder: epath.Path, step: int) -> int:
+    """The number of the checkpoint of the end of a step.
+
+    Of the others, damaged ones are passed over.
+
+    Raises:
+      UserError: there is none, or it may be one of those that cannot be read.
+    """
+    damaged: list[str] = []
+    for number in store.numbers(folder):
         try:
-            meta = store.read_meta(folder / "checkpoints", number)
-        except store.CheckpointError:
-            continue  # damaged, or just removed by that run, inside a later step
-        if meta["step"] == 0 and meta["finished"]:
-            found = store.restore(
-                folder / "checkpoints",
-                number,
-                {"state": _shared(run, progress.state)},
-                partial=True,
-            )
-            state = _merged(progress.state, found.arrays["state"])
-            return dataclasses.replace(
-                progress,
-                state=parallel.replicate(run.devices, state),
-                histories=_histories(found.meta),
-            )
-    raise UserError(f"{where}: its base step is not finished")
+            meta = store.read_meta(folder, number)
+        except store.CheckpointError as error:
+            damaged.append(str(error))
+            continue  # or just removed by a run, inside a later step
+        if meta["step"] == step and meta["finished"]:
+            return number
+    unread = f" that can be read: {'; '.join(damaged[:3])}" if damaged else ""
+    raise UserError(f"{folder} has no checkpoint of the end of step {step}{unread}")
 
 
 def _shared(run: Run, state: TrainState) -> PyTree:

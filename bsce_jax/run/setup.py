@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
+from bsce_jax.checkpoints import store
 from bsce_jax.checkpoints.writer import Writer
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import Network
@@ -39,6 +40,7 @@ class Run:
       monitor: what is shown and measured.
       writer: of checkpoints.
       saved: number of the newest checkpoint that this process knows.
+      still_there: raises a UserError where the workdir is gone.
     """
 
     config: ConfigDict
@@ -52,11 +54,12 @@ class Run:
     monitor: Monitor
     writer: Writer = dataclasses.field(default_factory=Writer)
     saved: int = -1
+    still_there: Callable[[], None] = lambda: None
 
     @property
     def checkpoints(self) -> epath.Path:
         """Folder of the numbered checkpoints."""
-        return self.workdir / "checkpoints"
+        return self.workdir / store.FOLDER
 
     @property
     def devices(self) -> parallel.Parallel:

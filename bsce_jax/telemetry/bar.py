@@ -89,8 +89,17 @@ class Bar:
         if now - self._shown >= interval:
             self._show(now)
 
-    def note(self, message: str) -> None:
-        """Shows a line that stays: above the bar, or in the log."""
+    def note(self, message: str, more: Iterable[str] = ()) -> None:
+        """Shows a line that stays: above the bar, or in the log.
+
+        Args:
+          message: the line.
+          more: that follows after commas as far as it fits above the bar.
+        """
+        for part in more:
+            longer = f"{message}, {part}"
+            if self._tqdm is None or len(longer) < terminal.columns(self._tqdm.fp):
+                message = longer
         if self._tqdm is not None:
             self._tqdm.write(message, file=self._tqdm.fp)
         elif self._enabled:

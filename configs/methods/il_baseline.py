@@ -1,7 +1,8 @@
-"""IL-Baseline (Jodelet et al., section 3.1): rho * Eq. 2 + (1 - rho) * Eq. 1.
+"""IL-Baseline (Jodelet et al., section 3.1): distillation and cross-entropy, Eq. 1.
 
-Sources of the hyper-parameters: the paper, section 4.1; they are BiC's. Meta's inner
-step has rate 1, as Algorithm 1 is printed: docs/results.md says what else was tried.
+Sources of the hyper-parameters: the paper, section 4.1; they are BiC's. Choice: Meta's
+inner step has rate 1, since Algorithm 1 gives no rate: docs/results.md says what else
+was tried.
 Balanced fine-tuning, a row of Table 6, has no settings in the paper: those are LUCIR's.
 """
 

@@ -4,7 +4,8 @@ Sources: the authors' code, the options of its "CNN" results; the fine-tuning of
 classifier is in the code only. Without a prior the classification loss is NCA, as
 coded; a prior replaces it by softmax_ce and switches the fine-tuning off. PODNet's
 authors also vary the brightness (data.brightness=0.247); Jodelet et al. crop and flip
-only (section 4.1), and so do the configurations here.
+only (section 4.1), and so do the configurations here. Choice: CIFAR-100 is normalised
+by LUCIR's constants, as with all methods, where PODNet's code has others.
 """
 
 from ml_collections import ConfigDict

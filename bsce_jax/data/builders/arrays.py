@@ -13,6 +13,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tqdm import tqdm
 
+from bsce_jax import terminal
 from bsce_jax.data import records
 from bsce_jax.errors import UserError
 
@@ -38,7 +39,8 @@ def examples(
     builders: tfds orders the records on disk by a hash of the key. Shows a progress
     bar when stderr is a terminal.
     """
-    numbers = tqdm(range(len(images)), desc=split, unit=" images", disable=None)
+    shown = terminal.shows_bars()
+    numbers = tqdm(range(len(images)), desc=split, unit=" images", disable=not shown)
     for i in numbers:
         values = {name: int(column[i]) for name, column in labels.items()}
         yield i, {"id": f"{split}_{i:05d}", "image": png(images[i]), **values}

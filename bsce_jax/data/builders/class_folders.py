@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from bsce_jax import terminal
 from bsce_jax.errors import UserError
 
 ENDINGS = (".jpeg", ".jpg", ".png")
@@ -60,7 +61,7 @@ def splits(
         kept, rest = files.take(in_order[~held]), files.take(in_order[held])
         return classes, {"train": kept, test_name: rest}
     found, others = list_files(test, "--test", skip_others)
-    given = f"--test={shown(str(test))}"
+    given = f"--test={test}"
     if extra := sorted(set(found) - set(classes)):
         raise UserError(f"{given}: {some(extra, 'class')} not in --train")
     if extra := sorted(set(classes) - set(found)):
@@ -91,13 +92,15 @@ def list_files(
         would be of two classes.
     """
     root = pathlib.Path(folder).expanduser()
-    given = f"{argument}={shown(str(folder))}"
+    given = f"{argument}={folder}"
     names: list[str] = []
     counts, others, special, empty = [], [], [], []
     try:
         classes = _class_folders(root, given)
         seen = _folders_above(root)
-        for name in tqdm(classes, desc=f"{argument[2:]} classes", disable=None):
+        for name in tqdm(
+            classes, desc=f"{argument[2:]} classes", disable=not terminal.shows_bars()
+        ):
             found, odd = _walk(root, name, seen, given)
             images = [file for file in sorted(found) if _is_image(file)]
             others += [file for file in sorted(found) if not _is_image(file)]
@@ -106,9 +109,7 @@ def list_files(
             names += images
             counts.append(len(images))
     except OSError as error:
-        raise UserError(
-            f"{given}: {shown(str(error.filename))}: {error.strerror}"
-        ) from error
+        raise UserError(f"{given}: {error.filename}: {error.strerror}") from error
     for wrong, what in (
         (others, f"not ending in {', '.join(ENDINGS)}; convert or remove,"),
         (special, "being a pipe, socket or device; remove,"),
@@ -172,7 +173,7 @@ def _walk(
         first = seen.setdefault((status.st_dev, status.st_ino), below)
         if first.partition("/")[0] != name:
             raise UserError(
-                f"{given}: {shown(below)} is the folder {shown(first)}, too, and its "
+                f"{given}: {below} is the folder {first}, too, and its "
                 "images would be of two classes; remove the link"
             )
         if first != below:  # a link to a folder of the same class
@@ -238,12 +239,7 @@ def hold_out(labels: np.ndarray, keys: np.ndarray, fraction: float) -> np.ndarra
 
 def some(names: Sequence[str], kind: str) -> str:
     """Names the first few of many: "4 files (a, b, c, ...)"."""
-    first = ", ".join(shown(name) for name in names[:SHOWN])
+    first = ", ".join(names[:SHOWN])
     more = ", ..." if len(names) > SHOWN else ""
     plural = "" if len(names) == 1 else "es" if kind.endswith("s") else "s"
     return f"{len(names):,} {kind}{plural} ({first}{more})"
-
-
-def shown(name: str) -> str:
-    """A file's name in one line, with escapes where it cannot be printed."""
-    return name if name.isprintable() else repr(name)[1:-1]

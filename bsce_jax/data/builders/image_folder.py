@@ -19,11 +19,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from bsce_jax import terminal
 from bsce_jax.data import decode, records
 from bsce_jax.data.builders import arrays, class_folders
 from bsce_jax.data.builders.class_folders import Files, some
 from bsce_jax.data.builders.shards import Shards
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, printable
 
 VERSION = "1.0.0"
 # Short enough to be part of the names of folders and files.
@@ -85,7 +86,7 @@ def prepare(
         )
         folder = scratch / VERSION
         folder.mkdir()
-        check_class_names(classes, folder, f"--train={class_folders.shown(str(train))}")
+        check_class_names(classes, folder, f"--train={train}")
         read = functools.partial(_read, whole=decode_all)
         _write(folder, name, classes, splits, read, skip_corrupt)
         return folder
@@ -198,16 +199,18 @@ def _write_split(
     """Writes the shards of a split; appends the files that are left out to bad."""
     shards = Shards(folder, prefix)
     labels = []
+    shown = terminal.shows_bars()
     with (
         ThreadPoolExecutor(THREADS) as pool,
-        tqdm(total=len(files.names), desc=split, unit=" images", disable=None) as bar,
+        tqdm(
+            total=len(files.names), desc=split, unit=" images", disable=not shown
+        ) as bar,
     ):
         paths = (files.folder / name for name in files.names)
         for i, (data, problem) in enumerate(_ahead(pool, read, paths)):
             bar.update()
             if problem:
-                named = class_folders.shown(files.names[i])
-                bad.append(f"{named} ({problem})")
+                bad.append(f"{printable(files.names[i])} ({problem})")
                 bar.set_postfix_str(f"{len(bad)} unusable")
             elif skip_corrupt or not bad:
                 label = int(files.labels[i])
