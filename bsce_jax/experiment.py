@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -45,7 +45,7 @@ from bsce_jax.run.loop import (
 from bsce_jax.run.phases import Phase, step_data
 from bsce_jax.run.progress import Progress, copy_network, restore, save
 from bsce_jax.run.record import add_record
-from bsce_jax.run.setup import Run, prepare
+from bsce_jax.run.setup import Parts, Run, prepare
 
 logger = logging.getLogger("bsce_jax")
 
@@ -70,15 +70,26 @@ def run(
         finite, a disk that cannot be written, a workdir that is removed.
       StopRequested: `stop` was set; everything is saved.
     """
-    folder = epath.Path(workdir)
-    with kept(folder, results.FILE_NAME, store.FOLDER) as still_there:
-        run = prepare(config, folder)
-        run.still_there = still_there
+    with prepared(config, epath.Path(workdir)) as run:
         if peers is not None:
             peers.before_exit = run.writer.wait_at_most
         carry_out(run, stop)
-        still_there()
         return _finished(run)
+
+
+@contextlib.contextmanager
+def prepared(
+    config: ConfigDict, workdir: epath.Path, parts: Parts | None = None
+) -> Iterator[Run]:
+    """A run that is prepared (see `setup.prepare`), in a workdir that must stay.
+
+    Raises:
+      UserError: bad input, or something is in the way of what the run will write.
+    """
+    with kept(workdir, results.FILE_NAME, store.FOLDER) as still_there:
+        run = prepare(config, workdir, parts)
+        run.still_there = still_there
+        yield run
 
 
 def carry_out(
@@ -87,7 +98,7 @@ def carry_out(
     """Runs or resumes what is prepared; everything is on the disk at its end.
 
     Args:
-      run: see `setup.prepare`.
+      run: see `prepared`.
       stop: as in `run`.
       after_step: called when a step's checkpoint and results are on the disk.
 
@@ -101,6 +112,7 @@ def carry_out(
         except StopRequested:
             run.writer.wait()  # or "saved" would not be true
             raise
+    run.still_there()
 
 
 def _say_what_is_left_out(run: Run) -> None:

@@ -29,6 +29,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     results = make_results(finished=steps - 1)
     (folder / "results.json").write_text(json.dumps(results))
+    (folder / "checkpoints").mkdir(exist_ok=True)
     for number in sorted({1, checkpoint} if checkpoint else ()):
         meta = {"step": number - 1, "finished": True, "permanent": True}
         meta["results"] = make_results(finished=0)
@@ -112,6 +113,7 @@ def test_the_optimiser_goes_with_a_base_step_where_a_job_goes_on_with_it(tmp_pat
 def test_a_damaged_checkpoint_is_not_copied(tmp_path):
     folder = run(tmp_path, "a0", steps=1, checkpoint=1)
     (folder / "checkpoints/1/manifest/data.json").write_text("{}")
+    (tmp_path / "copy").mkdir()
     with pytest.raises(store.DamagedError):
         part.copy(folder / "checkpoints", 1, tmp_path / "copy", ("state/",))
 

@@ -1,6 +1,7 @@
 """Rows in one process: their order, the limit, and the same bits as alone."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -52,7 +53,11 @@ def rows(tmp_path, monkeypatch):
         after_step()
 
     monkeypatch.setattr(in_process, "config_of", lambda job, base="": (job, base))
-    monkeypatch.setattr(in_process, "prepare", lambda *a: (a[0], pathlib.Path(a[1])))
+    monkeypatch.setattr(
+        experiment,
+        "prepared",
+        lambda *a: contextlib.nullcontext((a[0], pathlib.Path(a[1]))),
+    )
     monkeypatch.setattr(experiment, "carry_out", carry_out)
 
     def make(*jobs: Job, **kwargs):

@@ -15,7 +15,6 @@ from bsce_jax.config.resolve import resolve
 from bsce_jax.data import resident
 from bsce_jax.errors import UserError
 from bsce_jax.hosts.stop import StopSignal
-from bsce_jax.run import setup
 from bsce_jax.run.identity import identity
 from bsce_jax.run.shared import Shared
 from bsce_jax.telemetry.compiles import compile_counter
@@ -150,8 +149,8 @@ def test_a_run_compiles_none_of_what_was_compiled_ahead(small, tmp_path, prior, 
     config = configuration(small, arguments, f"--config.updates_per_call={width}")
     with Shared() as shared, runs.small_network():
         shared.compile_ahead(config, True).result()
-        run = setup.prepare(config, epath.Path(tmp_path), shared.parts)
-        counts = compile_counter()
-        experiment.carry_out(run, StopSignal())
+        with experiment.prepared(config, epath.Path(tmp_path), shared.parts) as run:
+            counts = compile_counter()
+            experiment.carry_out(run, StopSignal())
     names = ("base_update", "incremental_update", "meta_update", "evaluate", "features")
     assert not set(counts) & set(names)

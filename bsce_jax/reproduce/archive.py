@@ -60,8 +60,8 @@ class Export:
         for run in _folders(self._output / "runs"):
             if _rank(run)[0]:
                 done |= _members(self._output, run / results.FILE_NAME)
-            elif numbers := store.numbers(run / "checkpoints"):
-                newest = run / "checkpoints" / str(numbers[-1])
+            elif numbers := store.numbers(run / store.FOLDER):
+                newest = run / store.FOLDER / str(numbers[-1])
                 going |= _members(self._output, run / results.FILE_NAME, newest)
         bases = _members(self._output, *_folders(self._output / "bases"))
         compiled = {f"compiled/{path.name}": path for path in self._compiled.own()}
@@ -163,10 +163,10 @@ def _take_run(new: pathlib.Path, old: pathlib.Path) -> None:
                 f"--import: {old} holds a run of another configuration: "
                 "give another --output"
             )
-    (old / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for number in store.numbers(new / "checkpoints"):
-        checkpoint = new / "checkpoints" / str(number)
-        checkpoint.rename(old / "checkpoints" / str(number))
+    (old / store.FOLDER).mkdir(parents=True, exist_ok=True)
+    for number in store.numbers(new / store.FOLDER):
+        checkpoint = new / store.FOLDER / str(number)
+        checkpoint.rename(old / store.FOLDER / str(number))
     if (new / results.FILE_NAME).exists():
         os.replace(new / results.FILE_NAME, old / results.FILE_NAME)
 
@@ -176,7 +176,7 @@ def _rank(run: pathlib.Path) -> tuple[bool, int]:
     done = False
     if (run / results.FILE_NAME).exists():
         done = results.read(run)["status"] == "done"
-    return done, max(store.numbers(run / "checkpoints"), default=-1)
+    return done, max(store.numbers(run / store.FOLDER), default=-1)
 
 
 def _folders(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -3,7 +3,6 @@
 import pathlib
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
 
@@ -13,6 +12,7 @@ from bsce_jax.report import results
 from bsce_jax.report.schema import upgraded
 from bsce_jax.reproduce.process import workdir
 from bsce_jax.reproduce.tables import Job
+from bsce_jax.run.progress import finished_checkpoint
 
 FOLDER = "bases"  # of networks alone; whole runs are in "runs"
 
@@ -35,7 +35,7 @@ class BaseSteps:
             folders = self._output / kind
             for folder in sorted(folders.iterdir()) if folders.is_dir() else ():
                 key = self._read(folder)
-                if key and any((folder / "checkpoints").glob("*")):
+                if key and any((folder / store.FOLDER).glob("*")):
                     found.setdefault(key, f"{kind}/{folder.name}")
         return found
 
@@ -81,12 +81,14 @@ def keep_networks(
         parts: tuple[str, ...] = ("state/network/",)
         if any(job.base_hash == key and _goes_on(job) for job in jobs):
             parts += ("state/opt_state/",)
-        checkpoints = output / folder / "checkpoints"
-        number, meta = _end_of_base_step(checkpoints)
+        checkpoints = epath.Path(output / folder / store.FOLDER)
+        number = finished_checkpoint(checkpoints, 0)
         new = kept.with_name(f".{kept.name}.new")
         shutil.rmtree(new, ignore_errors=True)
-        part.copy(checkpoints, number, new / "checkpoints", parts)
-        results.write(epath.Path(new), upgraded(meta["results"]))
+        (new / store.FOLDER).mkdir(parents=True)
+        part.copy(checkpoints, number, new / store.FOLDER, parts)
+        meta = store.read_meta(checkpoints, number)
+        results.write(new, upgraded(meta["results"]))
         new.rename(kept)
 
 
@@ -98,11 +100,3 @@ def _goes_on(job: Job) -> bool:
         for name, value in config.items()
         if name.startswith("phase.") and name.endswith(".optimizer")
     )
-
-
-def _end_of_base_step(checkpoints: pathlib.Path) -> tuple[int, dict[str, Any]]:
-    for number in store.numbers(checkpoints):
-        meta = store.read_meta(checkpoints, number)
-        if meta["step"] == 0 and meta["finished"]:
-            return number, meta
-    raise UserError(f"{checkpoints} has no checkpoint of the end of the base step")

@@ -27,7 +27,6 @@ from bsce_jax.reproduce.process import workdir
 from bsce_jax.reproduce.runner import state
 from bsce_jax.reproduce.tables import Job
 from bsce_jax.run.loop import StopRequested
-from bsce_jax.run.setup import prepare
 from bsce_jax.run.shared import Shared
 
 logger = logging.getLogger("bsce_jax")
@@ -53,7 +52,9 @@ def configure(jobs: Sequence[Job], output: pathlib.Path) -> pathlib.Path | None:
                 f"--in_process: config.{name} is {shown} in different runs: expected "
                 "one value, which holds for the whole process"
             )
-    jax_settings.configure_jax(config_of(jobs[0]), epath.Path(output))
+    config = config_of(jobs[0])
+    jax_settings.configure_jax(config, epath.Path(output))
+    jax_settings.keep_compiled(config, alone=True)
     jax_settings.require_devices()
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     return pathlib.Path(folder) if folder else None
@@ -165,8 +166,8 @@ class Rows:
         folder = epath.Path(workdir(job.name)).resolve()
         try:
             open_workdir(folder)
-            with lock(folder):
-                run = prepare(config, folder, self._shared.parts)
+            parts = self._shared.parts
+            with lock(folder), experiment.prepared(config, folder, parts) as run:
                 experiment.carry_out(run, stop, self._pack)
         except StopRequested as stopped:
             return "to do", f", {stopped}"
