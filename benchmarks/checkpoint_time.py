@@ -186,6 +186,8 @@ def measure_loop(
 
 def measure(options: argparse.Namespace, folder: epath.Path) -> dict[str, Any]:
     """All networks' states, then the loop with the first one's."""
+    for name in (*options.networks, "loop"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     states = {
         name: measure_state(name, folder / name, options.repeats)
         for name in options.networks

@@ -4,11 +4,12 @@
 
 Stages, in this order (--stages names some of them, separated by commas):
 
+    runs     the paper's CIFAR-100 cells with 5 steps, with memory (Table 1) and without
+             (Table 3), and a fixed alpha (Table 5), all in one process:
+             python -m bsce_jax.reproduce --in_process, in the folder reproduce
     graphs   one method with more or less of an update in a CUDA graph (speed.py)
     speed    every method and prior against PyTorch, if installed (speed.py)
     meta     time and memory of the gradient of alpha (meta_gradient.py)
-    runs     the paper's CIFAR-100 cells with 5 steps, with memory (Table 1) and without
-             (Table 3): python -m bsce_jax.reproduce, in the folder reproduce
 
 A stage consists of tasks, each a process of its own. The folder --output gets
 summary.json and summary.md, rewritten when a task ends, <stage>.log with all that the
@@ -37,9 +38,9 @@ from typing import Any, NamedTuple
 import speed_table
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-STAGES = ("graphs", "speed", "meta", "runs")
+STAGES = ("runs", "graphs", "speed", "meta")
 # Seconds that a task of a stage must have to be worth its start.
-LEAST = {"graphs": 60, "speed": 150, "meta": 90, "runs": 120}
+LEAST = {"runs": 120, "graphs": 60, "speed": 150, "meta": 90}
 # By default XLA puts neither convolutions nor loops into CUDA graphs, and a small
 # network's update is then hundreds of launches by the host.
 GRAPHS = {
@@ -48,10 +49,15 @@ GRAPHS = {
     "whole_calls": "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE",
 }
 METHODS = ("il_baseline", "lucir", "podnet")
+# The cells of the whole runs, in this order: "5:..." is a row of Table 5.
+ROWS = ("1:il_baseline_balanced", "1:il_baseline", "1:il_baseline_meta", "5:alpha-0.25")
+ROWS += ("1:lucir_balanced", "1:lucir", "1:podnet_balanced", "1:podnet")
+ROWS += ("3:lucir_balanced", "3:lucir_relaxed", "3:lucir")
+ROWS += ("3:podnet_balanced", "3:podnet_relaxed", "3:podnet")
 DTYPES = ("bfloat16", "float32")  # float32 is TF32 on GPUs, in JAX and in PyTorch
 # Peak rates of an H100 SXM, dense; --tflops and --bandwidth give another device's.
 TFLOPS, BANDWIDTH = ("bfloat16=989", "float32=494"), 3.35
-GRACE = 30.0  # seconds that a task gets to save and end
+GRACE = 15.0  # seconds that a task gets to save and end
 LEFT = 3  # exit status of a task that has saved and has more to do
 
 
@@ -72,6 +78,8 @@ def tasks(options: argparse.Namespace, deadline: float) -> Iterator[Task]:
     """The tasks of the chosen stages, each made when those before it have ended."""
     pairs = [(m, dtype) for m in options.methods for dtype in options.dtypes]
     first = pairs[0]
+    if "runs" in options.stages:
+        yield runs_task(options, deadline)
     pairs = pairs[:1] if options.reduced else pairs
     common = ["--updates_per_call", str(options.updates_per_call)]
     for name, flag in GRAPHS.items() if "graphs" in options.stages else ():
@@ -88,8 +96,6 @@ def tasks(options: argparse.Namespace, deadline: float) -> Iterator[Task]:
     for method, dtype in pairs if "meta" in options.stages else ():
         flags = ["--method", method, "--dtype", dtype]
         yield script_task("meta", method, dtype, flags, options)
-    if "runs" in options.stages:
-        yield runs_task(options, deadline)
 
 
 def script_task(
@@ -108,16 +114,18 @@ def runs_task(options: argparse.Namespace, deadline: float) -> Task:
     """The whole runs, as far as there is time."""
     output = options.output / "reproduce"
     command = [sys.executable, "-m", "bsce_jax.reproduce", f"--output={output}"]
+    command.append("--in_process")
     if options.reduced:
         file = ROOT / "benchmarks" / "digits_reduced.py"
         command += ["--table", "1", "--rows", "il_baseline", "il_baseline_balanced"]
         command += [f"--file=cifar100={file}"]
     else:
-        command += ["--table", "1", "3"]
+        command += ["--table", "1", "3", "5", "--rows", *ROWS]
     command += ["--dataset", "cifar100", "--columns", "cifar100-5"]
+    command += [] if options.reduced else ["5-average"]
     if options.limit_seconds:
         left = max(LEAST["runs"], deadline - time.monotonic())
-        command.append(f"--limit_seconds={left:.0f}")
+        command.append(f"--minutes={left / 60:.2f}")
     fields = {"updates_per_call": options.updates_per_call}
     if options.dtype != "float32":  # a field that is set is a change of the protocol
         fields["model.dtype"] = options.dtype
@@ -164,8 +172,7 @@ def execute(
             if process.poll() is None:
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    # The whole runs pass it on and wait for the run that they have.
-                    process.wait(3 * GRACE if task.stage == "runs" else GRACE)
+                    process.wait(GRACE)
             if process.poll() is None:
                 process.kill()
             record["exit_status"] = process.wait()

@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,15 +76,31 @@ def run(
         run.still_there = still_there
         if peers is not None:
             peers.before_exit = run.writer.wait_at_most
-        _say_what_is_left_out(run)
-        with contextlib.closing(run.monitor), run.writer:
-            try:
-                _steps(run, stop)
-            except StopRequested:
-                run.writer.wait()  # or "saved" would not be true
-                raise
+        carry_out(run, stop)
         still_there()
         return _finished(run)
+
+
+def carry_out(
+    run: Run, stop: StopSignal, after_step: Callable[[], None] | None = None
+) -> None:
+    """Runs or resumes what is prepared; everything is on the disk at its end.
+
+    Args:
+      run: see `setup.prepare`.
+      stop: as in `run`.
+      after_step: called when a step's checkpoint and results are on the disk.
+
+    Raises:
+      UserError, StopRequested: as in `run`.
+    """
+    _say_what_is_left_out(run)
+    with contextlib.closing(run.monitor), run.writer:
+        try:
+            _steps(run, stop, after_step)
+        except StopRequested:
+            run.writer.wait()  # or "saved" would not be true
+            raise
 
 
 def _say_what_is_left_out(run: Run) -> None:
@@ -94,7 +110,7 @@ def _say_what_is_left_out(run: Run) -> None:
                 logger.info("no phase %s: there is no memory", phase.name)
 
 
-def _steps(run: Run, stop: StopSignal) -> None:
+def _steps(run: Run, stop: StopSignal, after_step: Callable[[], None] | None) -> None:
     """All steps that are left."""
     progress = restore(run)
     hooks.replace_images(run, progress)
@@ -113,6 +129,9 @@ def _steps(run: Run, stop: StopSignal) -> None:
         hooks.replace_images(run, progress)
         add_record(run, progress)
         save(run, progress, finished=True)
+        if after_step is not None:
+            run.writer.wait()
+            after_step()
         stop_if_asked(run, progress, stop)
 
 

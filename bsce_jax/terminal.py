@@ -103,9 +103,9 @@ def run(main: Callable[[], int]) -> NoReturn:
             raise
         os.write(2, f"bsce_jax: output cannot be written: {error.strerror}\n".encode())
         status = _without_output(1)
-    if status == 2:
-        # After a user's mistake at once: Python would wait for threads, such as one
-        # whose file server does not answer.
+    if status in (1, 2, 3):
+        # Where something is left undone at once: Python would wait for threads, such as
+        # one whose file server does not answer, or that compiles.
         os._exit(status)
     sys.exit(status)
 

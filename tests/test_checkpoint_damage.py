@@ -4,13 +4,15 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any
+import types
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from bsce_jax.checkpoints import manifest, store
 from bsce_jax.errors import UserError
+from bsce_jax.run import progress
 from bsce_jax.run.progress import finished_checkpoint
 
 TREE = {"w": np.arange(3, dtype=np.float32)}
@@ -70,7 +72,8 @@ def damage(path: pathlib.Path, how: str) -> None:
 
 KINDS = ["link", "loop", "file", "empty", "deep", "list", "pipe", "no meta"]
 KINDS += ["no arrays", "no number", "no hash"]
-WRITTEN_OVER = ["link", "file", "no hash"]  # each is set aside in another way
+SLOW = [pytest.param(how, marks=pytest.mark.slow) for how in ("file", "no hash")]
+WRITTEN_OVER = ["link", *SLOW]  # each is set aside in another way
 
 
 @pytest.mark.parametrize("how", KINDS)
@@ -111,6 +114,17 @@ def test_a_step_is_found_whatever_the_others_are(
     assert finished_checkpoint(folder, 2) == 2
     with pytest.raises(UserError, match="end of step 1 that can be read: .*1"):
         finished_checkpoint(folder, 1)
+
+
+def test_a_run_looks_for_its_workdir_before_it_saves() -> None:
+    def gone() -> None:
+        raise UserError("gone")
+
+    monitor = types.SimpleNamespace(flush=lambda: None)
+    run = types.SimpleNamespace(monitor=monitor, saved=-1, still_there=gone)
+    place = types.SimpleNamespace(before=0, updates=1, step=0, finished=False)
+    with pytest.raises(UserError, match="^gone$"):  # and there is no writer
+        progress.save(cast(Any, run), cast(Any, place), finished=True)
 
 
 def test_a_folder_that_is_gone_is_not_made_again(tmp_path: pathlib.Path) -> None:

@@ -120,6 +120,7 @@ def test_full_disk(tmp_path: pathlib.Path, background: bool) -> None:
         pytest.skip("mounting a small tmpfs needs root and the permission to mount")
     try:
         folder = disk / "checkpoints"
+        folder.mkdir()
         out, err = run_child(
             """
             assert save(0) and save(1)
@@ -146,6 +147,7 @@ def test_read_only_folder(background: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, size = pathlib.Path(name) / "checkpoints", 1000
         pathlib.Path(name).chmod(0o755)
+        folder.mkdir()
         out, err = run_child(
             """
             assert save(0)
@@ -235,6 +237,7 @@ def test_killed_while_saving_in_the_background(
     target = {"w": np.zeros(500_000, np.float32)}
     for trial in range(trials):
         folder = tmp_path / str(trial)
+        folder.mkdir()
         program = f"import sys\nrounds = {rng.randrange(1, 50)}\n{TRAINING}"
         child = subprocess.Popen(
             [sys.executable, "-c", program, str(folder)],

@@ -101,6 +101,12 @@ def test_a_large_data_set_without_an_index_says_how_to_write_it(
     assert not list(version(many).glob(".*"))
 
 
+def _header(shape: str) -> bytes:
+    """The beginning of an index that says what it holds."""
+    text = f"{{'descr': '<i4', 'fortran_order': False, {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -112,8 +118,15 @@ def test_a_large_data_set_without_an_index_says_how_to_write_it(
         np.array([None] * IMAGES),
         b"",
         b"not an array",
+        _header("'shape': (100000000000000,)"),
+        _header("'shape': (1000000, 1000000)"),
+        _header("'shape': " + "(" * 5000),
+        _header("'shape': (40,)"),  # and no labels
     ],
-    ids=["short", "shape", "type", "class", "below", "object", "empty", "text"],
+    ids=[
+        *("short", "shape", "type", "class", "below", "object", "empty", "text"),
+        *("huge", "square", "deep", "cut"),
+    ],
 )
 def test_an_index_that_does_not_fit_is_refused(
     many: pathlib.Path, content: np.ndarray | bytes

@@ -37,6 +37,20 @@ def test_images_are_those_that_tfds_reads(
     np.testing.assert_array_equal(arrays.images, [r["image"] for r in records])
 
 
+@pytest.mark.slow
+def test_other_processes_decode_to_the_same(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "CHUNKS_WORTH_A_PROCESS", 1)
+    split = random_images(1100, 4, 4, 3), [i % 7 for i in range(1100)]
+    datasets.write(tmp_path, "small", {"train": split})
+    here = resident.load("small", "train", str(tmp_path))
+    found = resident.load("small", "train", str(tmp_path), processes=2)
+    np.testing.assert_array_equal(found.images, here.images)
+    np.testing.assert_array_equal(found.labels, here.labels)
+    assert found.digest == here.digest
+
+
 def test_images_are_averaged_down(tmp_path: pathlib.Path) -> None:
     images = random_images(3, 8, 8, 3)
     datasets.write(tmp_path, "small", {"train": (images, [0, 1, 2])})

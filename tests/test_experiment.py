@@ -223,6 +223,7 @@ def test_a_step_is_loaded_whatever_befalls_the_others(balanced, tmp_path, how):
         assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_a_run_whose_workdir_is_removed_ends_and_makes_no_other(
     config, folder, capsys, monkeypatch
 ):

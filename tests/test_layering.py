@@ -37,7 +37,8 @@ ALLOWED: dict[str, set[str]] = {
         "terminal",
     },
     "main": {"experiment", "run", "hosts", "config", "terminal"},
-    "reproduce": {"run", "report", "hosts", "config", "terminal", "untrusted"},
+    "reproduce": {"experiment", "run", "report", "hosts", "config", "checkpoints"}
+    | {"terminal", "untrusted"},
     "__init__": PAPER | {"predict"},
 }
 # `compute`, of which methods see the state alone.

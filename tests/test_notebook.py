@@ -53,7 +53,7 @@ def executed(tmp_path_factory) -> tuple[pathlib.Path, nbformat.NotebookNode]:
     assert changed == 1
     own = {"PYTHONPATH": str(runs.ROOT), "IPYTHONDIR": str(folder / "ipython")}
     place = {"metadata": {"path": str(folder)}}
-    client = nbclient.NotebookClient(notebook, timeout=300, resources=place)
+    client = nbclient.NotebookClient(notebook, timeout=600, resources=place)
     client.execute(env=runs.environment() | own)
     return folder, notebook
 

@@ -293,8 +293,9 @@ def test_mistakes_are_one_line(small, tmp_path, capsys, flags, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--limit_seconds=50", "--limit_seconds=50: expected 0 (none) or more than 60"),
-        ("--limit_seconds=-5", "--limit_seconds=-5: expected 0"),
+        ("--minutes=0.9", "--minutes=0.9: expected 0 (none) or more than 1, in which"),
+        ("--minutes=-5", "--minutes=-5: expected 0"),
+        ("--export=out", "--export=out: expected with --in_process only"),
         ("--output=gs://bucket/x", "expected a folder of this machine"),
         ("--config.seed=3", "unexpected '--config.seed=3': give --seeds"),
         ("--config.print_plan=True", "give --dry_run"),

@@ -21,6 +21,7 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2
 
 from bsce_jax import terminal
+from bsce_jax.errors import UserError
 from bsce_jax.telemetry import bar, compiles, environment
 from bsce_jax.telemetry.events import Timeline
 
@@ -72,6 +73,19 @@ def test_commit(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert environment.commit(tracked) == f"{head}-dirty"
     monkeypatch.setenv("PATH", "")
     assert environment.commit(tracked) is None  # no git
+
+
+def test_the_environment_names_the_commit_of_a_tree_without_git(monkeypatch) -> None:
+    monkeypatch.setattr(environment, "commit", lambda file: None)
+    assert environment.environment()["commit"] is None
+    for told in ("0123abc", f"{'0123456789' * 4}-dirty"):
+        monkeypatch.setenv("BSCE_JAX_COMMIT", told)
+        assert environment.environment()["commit"] == told
+    monkeypatch.setenv("BSCE_JAX_COMMIT", "main")
+    with pytest.raises(UserError, match="BSCE_JAX_COMMIT='main': expected a commit"):
+        environment.environment()
+    monkeypatch.setattr(environment, "commit", lambda file: "git's")
+    assert environment.environment()["commit"] == "git's"  # which knows better
 
 
 # compiles

@@ -178,7 +178,7 @@ def test_what_is_no_folder_is_found_before_a_run(
     folder: pathlib.Path, outside: pathlib.Path, kind: str
 ) -> None:
     plant(kind, folder / "checkpoints", outside)
-    message = f"^{folder}/checkpoints cannot be written .*: expected a folder$"
+    message = rf"^{folder}/checkpoints cannot be written: .* \(expected a folder"
     with pytest.raises(UserError, match=message), kept(folder):
         pass
     assert untouched(outside)

@@ -10,13 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from bsce_jax import terminal
-from bsce_jax.data import decode, source
+from bsce_jax.data import decode, pieces, source
 from bsce_jax.errors import UserError, field_error
 
 # Pillow decodes without the interpreter lock, but around a very small image threads
 # only fight for it: measured, two are slower than one for 32x32 PNG (2 kB), as fast
 # for 64x64 JPEG (3 kB) and faster for all that is larger.
 BYTES_WORTH_A_THREAD = 4096
+CHUNKS_WORTH_A_PROCESS = 4  # which takes half a second to start
 
 
 class Arrays(NamedTuple):
@@ -30,13 +31,17 @@ class Arrays(NamedTuple):
     digest: str
 
 
-def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arrays:
+def load(
+    name: str, split: str, data_dir: str = "", image_size: int = 0, processes: int = 1
+) -> Arrays:
     """Reads and decodes a whole split.
 
     Args:
       name, split, data_dir: as in `source.open_split`.
       image_size: height and width that the images are averaged down to (Pillow's
         box filter); 0 keeps them as they are.
+      processes: that decode very small images, where there are many; see
+        `pieces.decoder`.
 
     Raises:
       UserError: the split is not there, is empty or unlabelled, its images are not
@@ -49,41 +54,56 @@ def load(name: str, split: str, data_dir: str = "", image_size: int = 0) -> Arra
         raise UserError(f"split {split!r} of {name} is empty")
     channels = _channels(info)
     encoded, _ = pairs[0]
-
-    def image_of(row: int, encoded: bytes) -> np.ndarray:
-        try:
-            return _averaged(decode.whole(encoded, channels), image_size)
-        except decode.DecodeError as error:
-            raise UserError(
-                f"image {pairs.name(row)} of {name} cannot be decoded: {error}"
-            ) from None
-
-    first = image_of(0, encoded)
+    first = _checked(pairs, 0, name, pieces.decoded(encoded, channels, image_size))
     images = np.empty((len(pairs), *first.shape), np.uint8)
     labels = np.empty(len(pairs), np.int32)
     digests: dict[int, bytes] = {}  # of each piece, by its first row
 
-    def read(rows: range) -> int:
-        read_bytes = hashlib.sha256()
-        for row, pair in zip(rows, pairs.__getitems__(rows), strict=True):
-            read_bytes.update(b"%d %d " % (pair[1], len(pair[0])))
-            read_bytes.update(pair[0])
-            image = image_of(row, pair[0])
-            if image.shape != first.shape:
-                raise UserError(
-                    f"images of {name} differ in size ({first.shape[:2]} and "
-                    f"{image.shape[:2]}): set config.data.image_size"
-                )
-            images[row], labels[row] = image, pair[1]
+    def read(rows: range, decode: pieces.Decoder) -> int:
+        read_bytes, found = hashlib.sha256(), pairs.__getitems__(rows)
+        for row, (encoded, label) in zip(rows, found, strict=True):
+            read_bytes.update(b"%d %d " % (label, len(encoded)))
+            read_bytes.update(encoded)
+            labels[row] = label
+        parts = decode([encoded for encoded, _ in found], channels, image_size)
+        for row, part in zip(rows, parts, strict=True):
+            images[row] = _checked(pairs, row, name, part, first.shape)
         digests[rows.start] = read_bytes.digest()
         return len(rows)
 
-    threads = (os.cpu_count() or 1) if len(encoded) >= BYTES_WORTH_A_THREAD else 1
-    _run(read, _chunks(len(pairs)), threads, f"{name} {split}")
+    threads, chunks = os.cpu_count() or 1, _chunks(len(pairs))
+    if len(encoded) < BYTES_WORTH_A_THREAD:
+        threads = processes = min(processes, len(chunks) // CHUNKS_WORTH_A_PROCESS or 1)
+    else:
+        processes = 1
+    with pieces.decoder(processes) as decode:
+        _run(lambda rows: read(rows, decode), chunks, threads, f"{name} {split}")
     if labels.min() < 0:
         raise UserError(f"split {split!r} of {name} has images without a label")
     whole = hashlib.sha256(b"".join(digests[first] for first in sorted(digests)))
     return Arrays(images, labels, whole.hexdigest())
+
+
+def _checked(
+    pairs: Any,
+    row: int,
+    name: str,
+    image: np.ndarray | str,
+    shape: tuple[int, ...] = (),
+) -> np.ndarray:
+    """The image of a row, of a shape, if one is given.
+
+    Raises:
+      UserError: it is none, but a reason, or of another shape.
+    """
+    if isinstance(image, str):
+        raise UserError(f"image {pairs.name(row)} of {name} cannot be decoded: {image}")
+    if shape and image.shape != shape:
+        raise UserError(
+            f"images of {name} differ in size ({shape[:2]} and {image.shape[:2]}): "
+            "set config.data.image_size"
+        )
+    return image
 
 
 def _channels(info: Any) -> int:
@@ -120,20 +140,6 @@ def _run(
         except BaseException:
             pool.shutdown(cancel_futures=True)  # do not read on after an error
             raise
-
-
-def _averaged(image: np.ndarray, image_size: int) -> np.ndarray:
-    """Averages [H, W, Ch] down to a square; image_size 0 keeps it."""
-    if not image_size:
-        return image
-    height, width, _ = image.shape
-    if image_size > min(height, width):
-        raise field_error(
-            "data.image_size",
-            image_size,
-            f"no more than images of {height}x{width} have, which are never enlarged",
-        )
-    return decode.averaged(image, image_size, image_size)
 
 
 def subset(labels: np.ndarray, per_class: int) -> np.ndarray:

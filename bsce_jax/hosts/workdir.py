@@ -121,9 +121,9 @@ def kept(workdir: epath.Path, file: str, folder: str) -> Iterator[Callable[[], N
         _write_and_remove(path / f".probe-{os.getpid()}")
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        reason = f"a link to {os.readlink(path)!r}" if os.path.islink(path) else "there"
+        link = f", not a link to {os.readlink(path)!r}" if os.path.islink(path) else ""
         raise UserError(
-            f"{path} cannot be written ({error.strerror}; {reason}): expected a folder"
+            f"{path} cannot be written: {error.strerror} (expected a folder{link})"
         ) from None
 
     def still_there() -> None:

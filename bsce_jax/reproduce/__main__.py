@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import pathlib
 import sys
 import time
@@ -10,89 +11,19 @@ from collections.abc import Iterable, Sequence
 from bsce_jax import terminal
 
 if __name__ == "__main__":
+    _BEGAN = time.monotonic()
     terminal.start()  # before what takes seconds
 
 from bsce_jax.config.hashes import HOW_NOT_WHAT, is_hashed
 from bsce_jax.errors import UserError, printable
 from bsce_jax.hosts.stop import StopSignal
-from bsce_jax.reproduce import manifest, runner, tables
+from bsce_jax.reproduce import archive, in_process, manifest, runner, tables
+from bsce_jax.reproduce.flags import parse
 from bsce_jax.reproduce.process import absolute
+from bsce_jax.run.shared import Shared
 
 PAGE_SECONDS = 300.0  # least time between two versions of the report
-# Fields that the runner sets itself, and what to give in their place.
-OWN_FIELDS = {
-    "seed": "--seeds",
-    "name": "--file",
-    "init_from": "nothing: base steps are shared",
-    "print_plan": "--dry_run",
-}
 PANELS = {"4": ("4a", "4b")}  # of figures that are more than one table
-EPILOG = """examples:
-  python -m bsce_jax.reproduce --table 1 --dataset cifar100 --seeds 3
-  python -m bsce_jax.reproduce --table 5 6 --rows il_baseline balanced --dry_run
-  python -m bsce_jax.reproduce --table 1 --dataset cifar100 --shard 2/4
-
-The same command again skips what is done and continues the rest. report.html,
-report.md and report.csv in the output folder are rewritten at least every few minutes
-while runs end, and at the end."""
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Reads the flags; unknown ones must be overrides, --config.field=value."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bsce_jax.reproduce",
-        description=__doc__.splitlines()[0],
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--table", nargs="+", default=[], metavar="N", help="tables, 1 to 6")
-    add(
-        "--figure",
-        nargs="+",
-        default=[],
-        metavar="N",
-        help="figures, 2 to 5, or a panel: 4a, 4b",
-    )
-    add("--dataset", default="", help="cifar100, imagenet_subset or imagenet only")
-    add("--rows", nargs="+", default=[], help="rows by key; default: all")
-    add("--columns", nargs="+", default=[], help="columns by key; default: all")
-    add("--seeds", type=int, default=1, help="runs of a cell (default: 1)")
-    add("--output", default="runs/reproduce", help="folder of all runs")
-    add("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    add("--shard", default="1/1", metavar="I/N", help="part of the runs, 1/N to N/N")
-    add("--limit_seconds", type=float, default=0, help="of this call; 0: none")
-    add(
-        "--file",
-        nargs="+",
-        default=[],
-        metavar="NAME=OTHER",
-        help="another configuration file in place of one: cifar100=cifar100_cpu",
-    )
-    add("--dry_run", action="store_true", help="print the commands and stop")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    # argparse takes a flag with a space in its value for no flag.
-    rest = [flag for flag in given if flag.startswith("--config.")]
-    options = parser.parse_args([flag for flag in given if flag not in rest])
-    for flag in rest:
-        field, equals, _ = flag.removeprefix("--config.").partition("=")
-        if not equals:
-            parser.error(f"unexpected {flag!r}: expected --config.field=value")
-        if field in OWN_FIELDS:
-            parser.error(f"unexpected {flag!r}: give {OWN_FIELDS[field]}")
-    options.overrides = tuple(rest)
-    if not options.table and not options.figure:
-        parser.error("give --table or --figure")
-    for name in ("seeds", "jobs"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected at least 1")
-    limit = options.limit_seconds
-    if limit and not limit > runner.GRACE:
-        least = f"more than {runner.GRACE:g}, in which runs save and end"
-        parser.error(f"--limit_seconds={limit:g}: expected 0 (none) or {least}")
-    if "://" in options.output:
-        parser.error(f"--output={options.output}: expected a folder of this machine")
-    return options
 
 
 def choose(options: argparse.Namespace) -> tables.Chosen:
@@ -149,60 +80,103 @@ def protocol(chosen: tables.Chosen) -> str:
     return f"reduced: {'; '.join(other)}" if other else "full"
 
 
-def reproduce(options: argparse.Namespace) -> int:
+def reproduce(options: argparse.Namespace, began: float) -> int:
     """Runs what was asked for; returns the exit status.
 
-    0: all done; 1: a run failed; 3: something is left to do.
+    0: all done; 1: a run failed; 3: something is left to do. The minutes that are given
+    count from the time `began`.
 
     Raises:
       UserError: bad input.
     """
-    from bsce_jax.report import page  # matplotlib only here
-
-    began = time.monotonic()
     chosen = choose(options)
     index, count = shard(options.shard)
-    found = tables.expand(chosen)
-    jobs = _distinct(job for cell in found for job in cell.jobs)
-    mine = tables.share(jobs, index, count)
-    for line in _missing(found):
-        print(line)
-    if options.dry_run:
-        for job in mine:
-            print(f"{job.updates} updates: {tables.shown_command(job.flags)}")
-        for command in _without_data(found):
-            print(f"no data set yet: {command}")
-        return 0
-    if not jobs:
-        raise UserError(f"nothing can be run: {found[0].missing}")
-    output = pathlib.Path(options.output).expanduser().resolve()
-    try:
-        (output / "runs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output={options.output} cannot be made: {error}") from None
-
-    written = -float("inf")
-
-    def changed(states: dict[str, str], last: bool) -> None:
-        nonlocal written
+    cpus = os.cpu_count() or 1
+    with Shared(cpus if options.in_process else 1) as shared:
+        found = tables.expand(chosen, shared.load)
+        jobs = _distinct(job for cell in found for job in cell.jobs)
+        mine = tables.share(jobs, index, count)
+        for line in _missing(found):
+            print(line)
+        if options.dry_run:
+            for job in mine:
+                print(f"{job.updates} updates: {tables.shown_command(job.flags)}")
+            for command in _without_data(found):
+                print(f"no data set yet: {command}")
+            return 0
+        if not jobs:
+            raise UserError(f"nothing can be run: {found[0].missing}")
+        output = pathlib.Path(options.output).expanduser().resolve()
         try:
-            manifest.write(output, protocol(chosen), found, states)
-            # Drawing takes seconds: not after every run of many short ones.
-            if last or time.monotonic() - written > PAGE_SECONDS:
-                page.write(output)
-                written = time.monotonic()
+            (output / "runs").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"--output={options.output} cannot be made: {error}"
+            raise UserError(text) from None
+        report = _Report(output, protocol(chosen), found, not options.in_process)
+        limit = began + 60 * options.minutes if options.minutes else float("inf")
+        if options.in_process:
+            states = _in_process(options, mine, output, shared, report, limit)
+        else:
+            work = runner.Runner(mine, output, options.jobs, _show, report.changed)
+            with StopSignal() as stop, contextlib.suppress(KeyboardInterrupt):
+                work.work(limit - runner.GRACE, lambda: stop.number != 0)
+            states = work.states
+    left = [name for name, state in states.items() if state != "done"]
+    print(f"{len(mine) - len(left)} of {len(mine)} runs done; {output / 'report.html'}")
+    return 1 if "failed" in states.values() else 3 if left else 0
+
+
+class _Report:
+    """The manifest, written at each change, and the page, which takes seconds."""
+
+    def __init__(
+        self,
+        output: pathlib.Path,
+        protocol: str,
+        cells: Sequence[tables.TableCell],
+        between: bool,
+    ) -> None:
+        """Writes nothing yet; `between`: the page also while runs go on."""
+        self._output, self._protocol, self._cells = output, protocol, cells
+        self._between, self._written = between, -float("inf")
+
+    def changed(self, states: dict[str, str], last: bool) -> None:
+        """Takes the states of all runs, and whether that is the last time."""
+        from bsce_jax.report import page  # matplotlib only here
+
+        try:
+            manifest.write(self._output, self._protocol, self._cells, states)
+            late = time.monotonic() - self._written > PAGE_SECONDS
+            if last or (self._between and late):
+                page.write(self._output)
+                self._written = time.monotonic()
         except UserError as error:
             _show(f"no new report: {error}")  # the runs matter more
 
-    work = runner.Runner(mine, output, options.jobs, _show, changed)
-    limit = options.limit_seconds
-    deadline = began + limit - runner.GRACE if limit else float("inf")
+
+def _in_process(
+    options: argparse.Namespace,
+    jobs: Sequence[tables.Job],
+    output: pathlib.Path,
+    shared: Shared,
+    report: _Report,
+    limit: float,
+) -> dict[str, str]:
+    """Runs jobs in this process; returns their states."""
+    compiled = archive.Compiled(in_process.configure(jobs, output))
+    if options.imported:
+        folder = pathlib.Path(options.imported).expanduser().resolve()
+        archive.take_over(folder, output, compiled)
+    export = None
+    if options.export:
+        folder = pathlib.Path(options.export).expanduser().resolve()
+        export = archive.Export(folder, output, compiled)
+    rows = in_process.Rows(jobs, output, shared, _show, report.changed, export)
     with StopSignal() as stop, contextlib.suppress(KeyboardInterrupt):
-        work.work(deadline, lambda: stop.number != 0)
-    left = [name for name, state in work.states.items() if state != "done"]
-    print(f"{len(mine) - len(left)} of {len(mine)} runs done; {output / 'report.html'}")
-    failed = [name for name, state in work.states.items() if state == "failed"]
-    return 1 if failed else 3 if left else 0
+        rows.work(limit - in_process.GRACE, stop)
+    for line in rows.left():
+        print(f"left: {line}", flush=True)
+    return rows.states
 
 
 def _missing(cells: Iterable[tables.TableCell]) -> list[str]:
@@ -241,15 +215,16 @@ def _show(line: str) -> None:
     print(time.strftime("%H:%M:%S"), printable(line), flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit status."""
+def main(arguments: Sequence[str] | None = None, began: float | None = None) -> int:
+    """The command, which has begun at a time; returns the exit status."""
     options = parse(arguments)
     try:
-        return reproduce(options)
+        return reproduce(options, time.monotonic() if began is None else began)
     except UserError as error:
         print(f"bsce_jax: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    terminal.run(main)
+    terminal.log_to_stderr()
+    terminal.run(lambda: main(began=_BEGAN))

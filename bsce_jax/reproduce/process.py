@@ -25,11 +25,11 @@ class Process:
     """
 
     def __init__(self, job: Job, output: pathlib.Path, base: str):
-        """Starts it; `base` names a job whose base step it takes over, or is ""."""
+        """Starts it; `base` is a folder whose base step it takes over, or is ""."""
         self.job, self.first, self.told = job, 0, False
         self.log = log_file(output, job.name)
         self.log.parent.mkdir(exist_ok=True)
-        command = tables.command(job, workdir(job.name), base and workdir(base))
+        command = tables.command(job, workdir(job.name), base)
         # In the output folder, so that what a run writes names no other folder.
         paths = [str(tables.SOURCE), os.environ.get("PYTHONPATH", "")]
         environment = {

@@ -10,6 +10,7 @@ from bsce_jax.errors import UserError
 from bsce_jax.hosts.workdir import in_use
 from bsce_jax.report import results
 from bsce_jax.reproduce import tables
+from bsce_jax.reproduce.bases import BaseSteps
 from bsce_jax.reproduce.process import Process, log_file, logged_updates, workdir
 from bsce_jax.reproduce.tables import Job
 
@@ -46,7 +47,7 @@ class Runner:
         """
         self._jobs, self._output, self._at_once = jobs, output, at_once
         self._show, self._changed = show, changed
-        self._bases = BaseSteps(output / "runs")
+        self._bases = BaseSteps(output)
         self.states = {job.name: state(output, job) for job in jobs}
         self._active: list[Process] = []
         # Updates done, of each job that is neither done nor to do from its start.
@@ -142,7 +143,7 @@ class Runner:
                 self._changed(self.states, False)
 
     def _base(self, job: Job, bases: dict[str, str]) -> str | None:
-        """A run whose base step can be taken over, "" for its own, None to wait."""
+        """A folder whose base step is taken over, "" for its own, None to wait."""
         if self._bases.has_step(job.name):
             return ""
         if job.base_hash in bases:
@@ -190,41 +191,6 @@ class Runner:
             for p in self._active
         ]
         return ", ".join([line, *now])
-
-
-class BaseSteps:
-    """The finished base steps in a folder of runs, by hash; files are read once."""
-
-    def __init__(self, folder: pathlib.Path) -> None:
-        """Reads nothing yet."""
-        self._folder = folder
-        self._known: dict[str, tuple[tuple[int, int], str]] = {}
-
-    def scan(self) -> dict[str, str]:
-        """A run's name for each base hash that has a checkpoint to start from."""
-        found: dict[str, str] = {}
-        for folder in sorted(self._folder.iterdir()):
-            key = self._read(folder)
-            if key and any((folder / "checkpoints").glob("*")):
-                found.setdefault(key, folder.name)
-        return found
-
-    def has_step(self, name: str) -> bool:
-        """Whether a run has finished a step itself; as of the last scan."""
-        return bool(self._known.get(name, ((0, 0), ""))[1])
-
-    def _read(self, folder: pathlib.Path) -> str:
-        """The base hash of a run with a finished step, else ""."""
-        try:
-            stat = (folder / results.FILE_NAME).stat()
-            stamp = stat.st_mtime_ns, stat.st_size
-            if self._known.get(folder.name, ((0, 0), ""))[0] != stamp:
-                found = results.read(folder)
-                key = found["base_hash"] if found["steps"] else ""
-                self._known[folder.name] = stamp, key
-        except (OSError, UserError):  # none, or not a run's
-            return ""
-        return self._known[folder.name][1]
 
 
 def state(output: pathlib.Path, job: Job) -> str:

@@ -13,20 +13,21 @@ import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from bsce_jax.config.flags import parse
-from bsce_jax.config.hashes import config_hash, digest, flatten
+from bsce_jax.config.hashes import config_hash, flatten
 from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
 from bsce_jax.report import published
 from bsce_jax.run import dataset, phases
 from bsce_jax.run.base_hash import base_hash
 from bsce_jax.run.loop import make_training
+from bsce_jax.run.shared import Shared
 
 SOURCE = pathlib.Path(__file__).resolve().parents[2]  # what holds the package
 
@@ -76,10 +77,10 @@ class TableCell(NamedTuple):
 
 @dataclasses.dataclass
 class _Known:
-    """What earlier cells have in common with later ones, by hash."""
+    """What cells have in common: data sets, and jobs by the hash of configurations."""
 
+    load: Callable[[ConfigDict], dataset.Dataset]
     jobs: dict[str, Job] = dataclasses.field(default_factory=dict)
-    datasets: dict[str, dataset.Dataset] = dataclasses.field(default_factory=dict)
 
 
 class Chosen(NamedTuple):
@@ -88,7 +89,9 @@ class Chosen(NamedTuple):
     Attributes:
       tables: keys, "table1", "figure4", ...
       dataset: configuration file that columns must have; "" = any.
-      rows, columns: keys; () = all.
+      rows: keys in the order in which they run; "1:lucir" and "4a:..." are rows of that
+        table or figure alone; () = all.
+      columns: keys; () = all.
       seeds: 0, 1, ... of each cell.
       files: configuration files to take in place of others.
       overrides: "--config.field=value" of every run.
@@ -117,8 +120,14 @@ def configs_folder() -> pathlib.Path:
     raise UserError("no configs/tables: run in the folder of the source tree")
 
 
-def expand(chosen: Chosen) -> list[TableCell]:
-    """The chosen cells with their jobs, in the order of the tables.
+def expand(
+    chosen: Chosen, load: Callable[[ConfigDict], dataset.Dataset] | None = None
+) -> list[TableCell]:
+    """The chosen cells with their jobs, in the order of the rows given, or the tables.
+
+    Args:
+      chosen: what was asked for.
+      load: see `dataset.load`.
 
     Raises:
       UserError: an unknown table, row, column, data set or file, nothing chosen, or
@@ -130,15 +139,15 @@ def expand(chosen: Chosen) -> list[TableCell]:
             raise UserError(f"table {key!r}: expected one of {', '.join(tables)}")
     modules = {key: table_module(chosen.folder, key) for key in chosen.tables}
     _check_keys(chosen, tables, modules)
-    known, cells = _Known(), []
-    for key, how in modules.items():
-        for row, column in _chosen_cells(chosen, tables[key]):
-            stem, arguments = how.COLUMNS[column]
-            if chosen.dataset not in ("", stem):
-                continue
-            settings = {**arguments, **how.ROWS[row]}
-            found = _cell(chosen, stem, settings, known)
-            cells.append(TableCell(key, row, column, *found))
+    known, cells = _Known(load or Shared().load), []
+    for key, row, column in dict.fromkeys(_chosen_cells(chosen, tables)):
+        how = modules[key]
+        stem, arguments = how.COLUMNS[column]
+        if chosen.dataset not in ("", stem):
+            continue
+        settings = {**arguments, **how.ROWS[row]}
+        found = _cell(chosen, stem, settings, known)
+        cells.append(TableCell(key, row, column, *found))
     if not cells:
         raise UserError("no cell is chosen: see --table, --dataset, --rows, --columns")
     if not any(cell.flags for cell in cells):
@@ -175,6 +184,7 @@ def _check_keys(
 ) -> None:
     """Refuses rows, columns, data sets and files that none of the tables has."""
     rows = [row.key for key in chosen.tables for row in tables[key].rows]
+    rows += [row_of_table(t, row.key) for t in chosen.tables for row in tables[t].rows]
     columns = [column.key for key in chosen.tables for column in tables[key].columns]
     stems = [stem for how in modules.values() for stem, _ in how.COLUMNS.values()]
     for flag, given, allowed in (
@@ -199,15 +209,23 @@ def table_module(folder: pathlib.Path, key: str) -> ModuleType:
     return module
 
 
-def _chosen_cells(chosen: Chosen, table: published.Table) -> Iterable[tuple[str, str]]:
-    """Keys (row, column) of the cells of a table that were asked for."""
-    for row in table.rows:
-        for column in table.columns:
-            if chosen.rows and row.key not in chosen.rows:
-                continue
-            if chosen.columns and column.key not in chosen.columns:
-                continue
-            yield row.key, column.key
+def _chosen_cells(
+    chosen: Chosen, tables: Mapping[str, published.Table]
+) -> Iterable[tuple[str, str, str]]:
+    """Table, row and column of the cells that were asked for, by their keys."""
+    for wanted in chosen.rows or ("",):
+        for key in chosen.tables:
+            for row in tables[key].rows:
+                if wanted not in ("", row.key, row_of_table(key, row.key)):
+                    continue
+                for column in tables[key].columns:
+                    if not chosen.columns or column.key in chosen.columns:
+                        yield key, row.key, column.key
+
+
+def row_of_table(table: str, row: str) -> str:
+    """A row's key with its table's: "1:lucir" of "table1", "4a:..." of "figure4a"."""
+    return f"{re.sub('^[a-z]+', '', table)}:{row}"
 
 
 def _file(chosen: Chosen, stem: str) -> pathlib.Path:
@@ -243,7 +261,7 @@ def _job(config: ConfigDict, name: str, flags: tuple[str, ...], known: _Known) -
     """
     key = config_hash(config)
     if key not in known.jobs:
-        data = _load(config, known)
+        data = known.load(config)
         updates = [
             (planned.step, make_training(config, planned).updates)
             for planned in phases.planned(config, data)
@@ -274,20 +292,6 @@ def _name(stem: str, settings: Mapping[str, Any]) -> str:
     return "-".join(parts)
 
 
-def _load(config: ConfigDict, known: _Known) -> dataset.Dataset:
-    """The data set of a configuration, read once for all that agree on it."""
-    sections = ("data.", "scenario.")
-    fields = {k: v for k, v in flatten(config).items() if k.startswith(sections)}
-    if config.data.validation_fraction > 0:
-        fields["seed"] = config.seed
-    key = digest(fields)
-    if key not in known.datasets:
-        known.datasets[key] = dataset.load(config)
-    else:
-        dataset.check(config, known.datasets[key])
-    return known.datasets[key]
-
-
 def by_base_step(jobs: Sequence[Job]) -> list[list[Job]]:
     """Groups of jobs that can share a base step."""
     groups: dict[str, list[Job]] = {}
@@ -301,19 +305,20 @@ def share(jobs: Sequence[Job], index: int, count: int) -> list[Job]:
 
     Jobs that can share a base step stay together, but for a group that costs more than
     a process's part: it is cut, and each piece trains the base step. The groups are
-    dealt out by their cost, largest first, each to the process with the least so far.
+    dealt out by their cost, largest first, each to the process with the least so far;
+    a process's part is in the order given.
     """
     groups = by_base_step(jobs)
     most = sum(map(cost, groups)) / count
     pieces = [piece for group in groups for piece in _pieces(group, most)]
     loads = [0] * count
-    mine: list[Job] = []
+    mine: set[str] = set()
     for piece in sorted(pieces, key=lambda piece: -cost(piece)):
         process = loads.index(min(loads))
         loads[process] += cost(piece)
         if process == index - 1:
-            mine += piece
-    return mine
+            mine |= {job.name for job in piece}
+    return [job for job in jobs if job.name in mine]
 
 
 def _pieces(group: Sequence[Job], most: float) -> list[Sequence[Job]]:

@@ -109,8 +109,12 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     return ""
 
 
-def load(config: ConfigDict) -> Dataset:
+def load(config: ConfigDict, processes: int = 1) -> Dataset:
     """Reads the data set and puts it in class order.
+
+    Args:
+      config: resolved configuration.
+      processes: see `resident.load`.
 
     Raises:
       UserError: the data set is not there, or the scenario does not fit it.
@@ -135,7 +139,7 @@ def load(config: ConfigDict) -> Dataset:
         )
     position = scenario.label_positions(order, len(names))
 
-    train = _read(config, "train_split", position)
+    train = _read(config, "train_split", position, processes)
     _check_every_class(config, names, order, "train_split", train)
     if data.validation_fraction > 0:
         _check_can_be_split(config, names, order, train)
@@ -144,7 +148,7 @@ def load(config: ConfigDict) -> Dataset:
         )
         train, test = train[kept], train[held]
     else:
-        test = _read(config, "test_split", position)
+        test = _read(config, "test_split", position, processes)
         _check_every_class(config, names, order, "test_split", test)
     if data.max_per_class > 0:
         train = train[resident.subset(train.labels, data.max_per_class)]
@@ -181,6 +185,20 @@ def test_images(config: ConfigDict, data: Dataset, chosen: np.ndarray) -> np.nda
             )
         except decode.DecodeError as error:
             raise UserError(f"{records.name(int(record))}: {error}") from None
+    return found
+
+
+def regrouped(config: ConfigDict, dataset: Dataset) -> Dataset:
+    """The same images in the same class order, in the steps of another configuration.
+
+    Raises:
+      UserError: the scenario does not fit the data set.
+    """
+    s = config.scenario
+    with _named("scenario"):
+        groups = scenario.class_groups(dataset.num_classes, s.base_classes, s.steps)
+    found = dataclasses.replace(dataset, groups=groups)
+    check(config, found)
     return found
 
 
@@ -231,7 +249,9 @@ def _check_can_be_split(
         )
 
 
-def _read(config: ConfigDict, field: str, position: np.ndarray) -> Split:
+def _read(
+    config: ConfigDict, field: str, position: np.ndarray, processes: int
+) -> Split:
     """The images of the classes in use: labels only where they are streamed."""
     data, split = config.data, config.data[field]
     known = source.split_error(data.name, split, data.data_dir)
@@ -240,7 +260,7 @@ def _read(config: ConfigDict, field: str, position: np.ndarray) -> Split:
     images = None
     if data.loading == "resident":
         images, labels, digest = resident.load(
-            data.name, split, data.data_dir, data.image_size
+            data.name, split, data.data_dir, data.image_size, processes
         )
     else:
         labels = source.labels(data.name, split, data.data_dir)

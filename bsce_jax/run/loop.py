@@ -224,8 +224,8 @@ def fit(
 
     with contextlib.closing(calls(loop, done)) as planned:
         for count, arguments in planned:
-            program = _program(loop, done)
-            state, metrics = program(state, context, loop.feed.resident, *arguments)
+            update = program(loop, done)
+            state, metrics = update(state, context, loop.feed.resident, *arguments)
             note()
             number, wanted = (int(value) for value in asked)
             pending = done, count, metrics
@@ -256,11 +256,11 @@ def call(
     """Dispatches updates `first` to `first + count` as one compiled call."""
     with contextlib.closing(calls(loop, first, count)) as planned:
         _, arguments = next(planned)
-        program = _program(loop, first)
-        return program(state, context, loop.feed.resident, *arguments)
+        update = program(loop, first)
+        return update(state, context, loop.feed.resident, *arguments)
 
 
-def _program(loop: Loop, first: int) -> Callable:
+def program(loop: Loop, first: int) -> Callable:
     """What runs the call that begins with update `first`."""
     programs, name = loop.programs, loop.training.data.phase.name
     if _updates_alpha(loop, first):

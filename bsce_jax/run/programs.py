@@ -49,14 +49,19 @@ class Programs:
     updates_per_call: int
 
 
-def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> Programs:
-    """Builds everything compiled.
+def build(
+    config: ConfigDict,
+    devices: parallel.Parallel,
+    num_classes: int,
+    compile_step: Callable = parallel.compile_step,
+) -> Programs:
+    """Builds everything compiled; what a program depends on, `compile_step` is given.
 
     Raises:
       UserError: an unknown network or loss.
     """
     model = build_model(config, devices, num_classes)
-    compiled = functools.partial(parallel.compile_step, devices)
+    compiled = functools.partial(compile_step, devices)
     whole: parallel.Kind = "replicated"
     rows: parallel.Kind = "batch"
 
@@ -76,9 +81,8 @@ def build(config: ConfigDict, devices: parallel.Parallel, num_classes: int) -> P
     trained, meta_trained, companions = {}, {}, {}
     for phase in configured(config):
         program = phase_program(config, model, phase.name)
-        trained[phase.name] = update(
-            updates.make_train_update(program), f"{phase.name}_update"
-        )
+        alpha_stays = updates.make_train_update(dataclasses.replace(program, meta=None))
+        trained[phase.name] = update(alpha_stays, f"{phase.name}_update")
         if program.meta is not None:
             meta_trained[phase.name] = update(
                 updates.make_meta_update(program), "meta_update"

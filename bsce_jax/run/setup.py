@@ -77,10 +77,32 @@ class Run:
         return Inference(self.programs, feed, size, network, context)
 
 
-def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
-    """Reads the data, places it on the devices and builds the programs."""
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """How a run comes by what several may share: made for it alone, or see `shared`.
+
+    Attributes:
+      load: see `dataset.load`.
+      build: see `programs.build`.
+      create: see `feed.create`.
+    """
+
+    load: Callable[..., dataset.Dataset] = dataset.load
+    build: Callable[..., Programs] = build
+    create: Callable[..., Feed] = create
+
+
+def prepare(config: ConfigDict, workdir: epath.Path, parts: Parts | None = None) -> Run:
+    """Reads the data, places it on the devices and builds the programs.
+
+    Args:
+      config: resolved configuration.
+      workdir: folder of everything the run writes.
+      parts: where data, programs and feeds come from, if they are not its own.
+    """
+    parts = parts or Parts()
     devices = parallel.create(config.parallel)
-    data = dataset.load(config)
+    data = parts.load(config)
     found = _no_results(config, data)
     parallel.require_same(
         {
@@ -101,9 +123,9 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> Run:
         workdir=workdir,
         dataset=data,
         phases=configured(config),
-        programs=build(config, devices, data.num_classes),
-        train=create(config, devices, data.train, data.image_shape),
-        test=create(config, devices, data.test, data.image_shape),
+        programs=parts.build(config, devices, data.num_classes),
+        train=parts.create(config, devices, data.train, data.image_shape),
+        test=parts.create(config, devices, data.test, data.image_shape),
         results=found,
         monitor=Monitor(workdir, len(data.groups), sum(updates), config.log_seconds),
     )

@@ -5,14 +5,18 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from typing import Any
 
 import jax
 
+from bsce_jax.errors import UserError
+
 logger = logging.getLogger("bsce_jax")
 
 
+COMMIT = "BSCE_JAX_COMMIT"  # names the commit of a source tree without its .git
 _PACKAGES = {
     "bsce_jax": "bsce_jax",
     "jax": "jax",
@@ -30,8 +34,8 @@ def environment() -> dict[str, Any]:
     Returns:
       versions: see `versions`;
       platform, device and devices: backend, kind and number, over all processes;
-      processes; cpus: those this process may use; commit: see `commit`;
-      xla_flags: the environment variable's.
+      processes; cpus: those this process may use; commit: see `commit`, or
+        `told_commit` where there is none; xla_flags: the environment variable's.
     """
     allowed = getattr(os, "sched_getaffinity", None)  # absent on macOS
     return {
@@ -41,7 +45,7 @@ def environment() -> dict[str, Any]:
         "devices": jax.device_count(),
         "processes": jax.process_count(),
         "cpus": len(allowed(0)) if allowed else os.cpu_count(),
-        "commit": commit(pathlib.Path(__file__)),
+        "commit": commit(pathlib.Path(__file__)) or told_commit(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 
@@ -83,3 +87,16 @@ def commit(file: pathlib.Path) -> str | None:
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def told_commit() -> str | None:
+    """The commit that the environment variable names; None where it is not set.
+
+    Raises:
+      UserError: it is none.
+    """
+    told = os.environ.get(COMMIT, "")
+    if told and not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", told):
+        allowed = "a commit, 7 to 40 hexadecimal digits, maybe with -dirty after them"
+        raise UserError(f"{COMMIT}={told!r}: expected {allowed}")
+    return told or None

@@ -1,0 +1,108 @@
+"""The finished base steps in an output folder, which runs start from."""
+
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from bsce_jax.checkpoints import part, store
+from bsce_jax.errors import UserError
+from bsce_jax.report import results
+from bsce_jax.report.schema import upgraded
+from bsce_jax.reproduce.process import workdir
+from bsce_jax.reproduce.tables import Job
+
+FOLDER = "bases"  # of networks alone; whole runs are in "runs"
+
+
+class BaseSteps:
+    """The finished base steps in an output folder, by hash; files are read once."""
+
+    def __init__(self, output: pathlib.Path) -> None:
+        """Reads nothing yet."""
+        self._output = output
+        self._known: dict[str, tuple[tuple[int, int], str]] = {}
+
+    def scan(self) -> dict[str, str]:
+        """For each base hash a folder with a checkpoint to start from, in the output.
+
+        One of the network alone before a run's, which may have come without it.
+        """
+        found: dict[str, str] = {}
+        for kind in (FOLDER, "runs"):
+            folders = self._output / kind
+            for folder in sorted(folders.iterdir()) if folders.is_dir() else ():
+                key = self._read(folder)
+                if key and any((folder / "checkpoints").glob("*")):
+                    found.setdefault(key, f"{kind}/{folder.name}")
+        return found
+
+    def has_step(self, name: str) -> bool:
+        """Whether a run has finished a step itself; as of the last scan."""
+        return bool(self._known.get(workdir(name), ((0, 0), ""))[1])
+
+    def _read(self, folder: pathlib.Path) -> str:
+        """The base hash of a run with a finished step, else ""."""
+        name = f"{folder.parent.name}/{folder.name}"
+        try:
+            stat = (folder / results.FILE_NAME).stat()
+            stamp = stat.st_mtime_ns, stat.st_size
+            if self._known.get(name, ((0, 0), ""))[0] != stamp:
+                found = results.read(folder)
+                key = found["base_hash"] if found["steps"] else ""
+                self._known[name] = stamp, key
+        except (OSError, UserError):  # none, or not a run's
+            return ""
+        return self._known[name][1]
+
+
+def keep_networks(
+    output: pathlib.Path, found: Mapping[str, str], jobs: Sequence[Job]
+) -> None:
+    """Copies the networks of base steps into OUTPUT/bases, where they are not yet.
+
+    Without the rest of their checkpoints, which is more than half of it; the
+    optimiser's state goes with them where a job goes on with it.
+
+    Args:
+      output: folder of all runs.
+      found: see `BaseSteps.scan`.
+      jobs: that may start from them.
+
+    Raises:
+      UserError: one cannot be read or written.
+    """
+    for key, folder in found.items():
+        kept = output / FOLDER / key[:16]
+        if folder.startswith(FOLDER) or kept.exists():
+            continue
+        parts: tuple[str, ...] = ("state/network/",)
+        if any(job.base_hash == key and _goes_on(job) for job in jobs):
+            parts += ("state/opt_state/",)
+        checkpoints = output / folder / "checkpoints"
+        number, meta = _end_of_base_step(checkpoints)
+        new = kept.with_name(f".{kept.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        part.copy(checkpoints, number, new / "checkpoints", parts)
+        results.write(epath.Path(new), upgraded(meta["results"]))
+        new.rename(kept)
+
+
+def _goes_on(job: Job) -> bool:
+    """Whether a phase of a job's goes on with the optimiser of the one before."""
+    config = job.config
+    return any(
+        value == "kept" and config[name.replace(".optimizer", ".epochs")]
+        for name, value in config.items()
+        if name.startswith("phase.") and name.endswith(".optimizer")
+    )
+
+
+def _end_of_base_step(checkpoints: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    for number in store.numbers(checkpoints):
+        meta = store.read_meta(checkpoints, number)
+        if meta["step"] == 0 and meta["finished"]:
+            return number, meta
+    raise UserError(f"{checkpoints} has no checkpoint of the end of the base step")
