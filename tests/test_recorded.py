@@ -17,7 +17,7 @@ from bsce_jax.report import results
 from tests import runs
 from tests.example_results import make_results
 
-MISSING = object()
+MISSING = type("Missing", (), {"__repr__": lambda self: "missing"})()
 
 
 @functools.cache
