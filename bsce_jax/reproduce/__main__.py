@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -122,12 +123,20 @@ def reproduce(options: argparse.Namespace, began: float) -> int:
                 work.work(limit - runner.GRACE, lambda: stop.number != 0)
             states = work.states
     left = [name for name, state in states.items() if state != "done"]
-    print(f"{len(mine) - len(left)} of {len(mine)} runs done; {output / 'report.html'}")
+    where = str(output / "report.html")
+    if not report.written:
+        command = f"python -m bsce_jax.report.page {shlex.quote(str(output))}"
+        where = f"{command} writes the report"
+    print(printable(f"{len(mine) - len(left)} of {len(mine)} runs done; {where}"))
     return 1 if "failed" in states.values() else 3 if left else 0
 
 
 class _Report:
-    """The manifest, written at each change, and the page, which takes seconds."""
+    """The manifest, written at each change, and the page, which takes seconds.
+
+    Attributes:
+      written: whether there is a page of this command.
+    """
 
     def __init__(
         self,
@@ -138,18 +147,19 @@ class _Report:
     ) -> None:
         """Writes nothing yet; `between`: the page also while runs go on."""
         self._output, self._protocol, self._cells = output, protocol, cells
-        self._between, self._written = between, -float("inf")
+        self._between, self._time = between, -float("inf")
+        self.written = False
 
     def changed(self, states: dict[str, str], last: bool) -> None:
-        """Takes the states of all runs, and whether that is the last time."""
-        from bsce_jax.report import page  # matplotlib only here
-
+        """Takes the states of all runs, and whether the page must be drawn."""
         try:
             manifest.write(self._output, self._protocol, self._cells, states)
-            late = time.monotonic() - self._written > PAGE_SECONDS
+            late = time.monotonic() - self._time > PAGE_SECONDS
             if last or (self._between and late):
+                from bsce_jax.report import page  # matplotlib only here
+
                 page.write(self._output)
-                self._written = time.monotonic()
+                self.written, self._time = True, time.monotonic()
         except UserError as error:
             _show(f"no new report: {error}")  # the runs matter more
 

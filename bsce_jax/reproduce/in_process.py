@@ -108,7 +108,9 @@ class Rows:
                     self._run(job, stop)
             finally:
                 self._pack()
-                self._changed(self.states, True)
+                # A page takes seconds, which a limit does not have.
+                ended = all(s in ("done", "failed") for s in self.states.values())
+                self._changed(self.states, ended or deadline == float("inf"))
 
     def left(self) -> list[str]:
         """A line for each job that is not done: its state, and how far it is."""
