@@ -185,6 +185,7 @@ def configuration(method: str, prior: str, dtype: str, sizes: Sizes) -> ConfigDi
     """configs/cifar100.py for a method and prior, cut to the sizes."""
     config = load("cifar100", f"method={method},prior={prior}")
     config.model.dtype = dtype
+    config.gpu_graphs = "default"  # what XLA_FLAGS says: see gpu.py
     if sizes.batch:
         config.optim.batch_size = config.meta.batch_size = sizes.batch
         config.evaluation.batch_size = 4 * sizes.batch

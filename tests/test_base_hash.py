@@ -100,6 +100,7 @@ IRRELEVANT = {
     "parallel": "pmap",
     "updates_per_call": 5,
     "deterministic": True,
+    "gpu_graphs": "whole",
     "print_plan": True,
     "log_seconds": 1.0,
     "compile_cache": False,

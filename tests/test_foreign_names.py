@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import logging
 
 import pytest
@@ -36,11 +37,14 @@ def test_a_mistake_is_one_line_whatever_it_quotes(tmp_path):
 
 
 def test_tables_and_the_command_show_no_escape_sequence(tmp_path, capsys):
-    results.write(tmp_path, make_results(name=HOSTILE))
+    results.write(tmp_path, make_results(name="a run"))
     (tmp_path / "\x1b[31mno run").mkdir()
     assert report([str(tmp_path), str(tmp_path / "\x1b[31mno run")]) == 0
+    made = json.dumps(make_results(name=HOSTILE))
+    (tmp_path / results.FILE_NAME).write_text(made)
+    assert report([str(tmp_path)]) == 2
     out, err = capsys.readouterr()
-    assert "gone" in out and "left out" in err
+    assert "gone" in err and "left out" in err
     for line in (out + err).split("\n"):
         assert line.isprintable(), line
     assert tables.comparison([make_results(name=HOSTILE)], True).count("\n") == 2

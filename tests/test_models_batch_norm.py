@@ -13,6 +13,7 @@ from tests.step_example import jitted
 
 EPSILON = 1e-5
 MASK = np.array([1, 0, 1, 1, 0, 1.0])
+NEAR = np.array([2.0, 3.0, 4.0, 0.0])  # guesses of the mean
 
 
 def sample(shape=(6, 3, 2, 4), seed=0, offset=3.0, dtype=np.float64):
@@ -138,7 +139,7 @@ def scalar(function, weights):
 
 def test_first_and_second_derivatives_are_those_of_the_plain_formula(operands):
     *primals, weights = operands
-    ours = scalar(lambda *args: normalise(None, EPSILON, *args), weights)
+    ours = scalar(lambda *args: normalise(None, EPSILON, *args, NEAR), weights)
     plain = scalar(naive, weights)
     tangents = tuple(jnp.asarray(sample(p.shape, 9)) for p in primals)
 
@@ -171,14 +172,15 @@ def test_first_and_second_derivatives_are_those_of_the_plain_formula(operands):
 
 def test_derivatives_agree_with_finite_differences(operands):
     *primals, weights = operands
-    function = lambda *args: normalise(None, EPSILON, *args, weights)  # noqa: E731
+    function = lambda *args: normalise(None, EPSILON, *args, weights, NEAR)  # noqa: E731
     check_grads(jax.jit(function), tuple(primals), order=2, modes=("fwd", "rev"))
 
 
 def test_bfloat16_activations_keep_float32_statistics():
-    # 1000 + noise: a bfloat16 sum or mean would lose the deviation altogether.
+    # 100 + noise: a bfloat16 sum or mean would lose the deviation altogether.
     x = jnp.asarray(sample((6, 8, 8, 4), offset=100.0), jnp.bfloat16)
     state = variables()
+    state["batch_stats"]["mean"] += 98  # as in training, near the batch's
     y, updated = BatchNorm(dtype=jnp.bfloat16).apply(
         state, x, train=True, mutable=["batch_stats"]
     )
@@ -190,6 +192,32 @@ def test_bfloat16_activations_keep_float32_statistics():
     np.testing.assert_allclose(stats["mean"], 0.9 * old["mean"] + 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(stats["var"], 0.9 * old["var"] + 0.1 * var, rtol=1e-4)
     np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=1e-2, atol=2e-2)
+
+
+def test_a_variance_far_smaller_than_the_mean_is_exact_near_the_running_mean():
+    """Without the running mean float32 would keep no digit of a deviation of 1."""
+    x = sample((6, 8, 8, 4), offset=0.0).astype(np.float32) / 2 + np.float32(5000)
+    near = np.float32([4999, 5000, 5001.5, 4998])
+    ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
+    weights = np.full(6, 1 / x[..., 0].size, np.float32)
+    y, mean, var = normalise(None, EPSILON, x, ones, zeros, weights, near)
+    pixels = x.reshape(-1, 4).astype(np.float64)
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(var, pixels.var(0), rtol=5e-3)
+    lost = normalise(None, EPSILON, x, ones, zeros, weights, zeros)[2]
+    assert np.abs(lost / pixels.var(0) - 1).max() > 0.5
+
+
+def test_devices_exchange_both_sums_at_once():
+    def layer(x):
+        weights = jnp.full(1, 0.1)
+        pair = jnp.ones(4), jnp.zeros(4)
+        return normalise("data", EPSILON, x, *pair, weights, pair[1])[0].sum()
+
+    x = jnp.ones((1, 3, 2, 4))
+    for function, sums in ((layer, 1), (jax.grad(layer), 2)):
+        jaxpr = jax.make_jaxpr(function, axis_env=[("data", 2)])(x)
+        assert str(jaxpr).count("psum") == sums
 
 
 def test_pytorch_s_layer_agrees():

@@ -84,6 +84,8 @@ RUN = {
     "parallel": Field(
         "jit", "jit (over a mesh of all devices) or pmap.", choices=("jit", "pmap")
     ),
+    # Hashed: XLA:CPU has another convolution for loops, so that one update a call and
+    # several round differently.
     "updates_per_call": Field(
         0,
         "Updates in one compiled call; 0 = 1 on CPU and with streamed images, else 50.",
@@ -97,6 +99,14 @@ RUN = {
         base=True,
     ),
     "deterministic": Field(False, "GPU: only reproducible kernels (slower)."),
+    "gpu_graphs": Field(
+        "auto",
+        "GPU: what of a call XLA launches as one CUDA graph. default: what XLA does; "
+        "convolutions: these too; whole: all of it; concurrent: all of it, kernels "
+        "side by side; auto: the fastest, timed for up to a minute at the first call.",
+        choices=("auto", "default", "convolutions", "whole", "concurrent"),
+        hashed=False,
+    ),
     "print_plan": Field(
         False, "Print what would run, per step, and stop.", hashed=False
     ),

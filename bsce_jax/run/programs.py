@@ -11,7 +11,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from bsce_jax import methods, models, scenario
-from bsce_jax.compute import optim, parallel, steps, updates
+from bsce_jax.compute import graphs, optim, parallel, steps, updates
 from bsce_jax.compute.state import OWN, Array, Network, PyTree
 from bsce_jax.config import priors, terms
 from bsce_jax.data import augment
@@ -54,24 +54,23 @@ def build(
     devices: parallel.Parallel,
     num_classes: int,
     compile_step: Callable = parallel.compile_step,
+    of_updates: graphs.Graphs | None = None,
 ) -> Programs:
-    """Builds everything compiled; what a program depends on, `compile_step` is given.
+    """Builds everything compiled: by `compile_step`, training programs by `of_updates`.
 
     Raises:
-      UserError: an unknown network or loss.
+      UserError: an unknown network, loss or kind of graphs.
     """
     model = build_model(config, devices, num_classes)
     compiled = functools.partial(compile_step, devices)
+    of_updates = of_updates or graphs.Graphs(config.gpu_graphs, devices)
     whole: parallel.Kind = "replicated"
     rows: parallel.Kind = "batch"
 
     def update(function: Callable, name: str) -> Callable:
-        return compiled(
-            function,
-            name=name,
-            inputs=(whole,) * 5 + (rows,),
-            outputs=(whole, whole),
-            donate=(0,),
+        inputs, outputs = (whole,) * 5 + (rows,), (whole, whole)
+        return of_updates.compiled(
+            compiled(function, name=name, inputs=inputs, outputs=outputs, donate=(0,))
         )
 
     def shown(function: Callable, name: str, constants: int, found: int) -> Callable:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from bsce_jax.compute import parallel
+from bsce_jax.compute import graphs, parallel
 from bsce_jax.compute.state import PyTree
 from bsce_jax.config.hashes import digest, flatten
 from bsce_jax.run import ahead, dataset, feed, programs
@@ -36,6 +36,10 @@ class Program:
         """Calls the function."""
         with self._lock:
             return self._function(*arguments)
+
+    def lower(self, *arguments: PyTree) -> Any:
+        """The function, traced for such arguments."""
+        return self._function.lower(*arguments)
 
     def compile(self, shapes: tuple[PyTree, ...]) -> None:
         """Compiles the function for arguments of such shapes, which it then keeps."""
@@ -63,6 +67,7 @@ class Shared:
         self._datasets: dict[str, dataset.Dataset] = {}
         self._feeds: dict[Hashable, tuple[dataset.Split, feed.Feed]] = {}
         self._programs: dict[Hashable, Program] = {}
+        self._graphs: dict[Hashable, graphs.Graphs] = {}
         self._lock = threading.Lock()
         self._background = concurrent.futures.ThreadPoolExecutor(1, "compile")
 
@@ -108,7 +113,13 @@ class Shared:
         self, config: ConfigDict, devices: parallel.Parallel, num_classes: int
     ) -> programs.Programs:
         with self._lock:
-            return programs.build(config, devices, num_classes, self._compile_step)
+            kind = config.gpu_graphs
+            of_updates = self._graphs.setdefault(
+                (kind, devices), graphs.Graphs(kind, devices)
+            )
+            return programs.build(
+                config, devices, num_classes, self._compile_step, of_updates
+            )
 
     def _compile_step(
         self, devices: parallel.Parallel, function: Callable, **settings: Any
