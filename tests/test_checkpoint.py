@@ -303,6 +303,7 @@ def test_flipped_bits_of_array_data_are_all_found(
         flip_bit(path, 8 * start + position)
 
 
+@pytest.mark.slow
 def test_truncated_and_missing_files(two: pathlib.Path, caplog: Any) -> None:
     found = {}
     for path in files_of(two / "2"):

@@ -136,6 +136,7 @@ def rebuilt(given):
     return jitted(every, data, schedule, streams)
 
 
+@pytest.mark.slow
 def test_companions_have_the_pixels_of_their_own_places(given):
     """As training images of their epoch; the memory's have keys of their own."""
     state, _ = one_by_one("jit", 1, given)

@@ -113,6 +113,7 @@ def only(*methods):
     return pytest.mark.parametrize("method", methods, indirect=True)
 
 
+@pytest.mark.slow
 @only("bic")
 def test_a_run_cut_inside_a_phase_of_its_own(method, config, workdir):
     cut_and_compare(method, config, workdir)

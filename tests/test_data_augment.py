@@ -189,6 +189,7 @@ def test_the_key_and_the_row_decide() -> None:
     np.testing.assert_array_equal(part, first[10:14])
 
 
+@pytest.mark.slow
 def test_the_images_are_the_same_in_float64_mode(x64: None) -> None:
     batch, rows = images_of(16), np.arange(16)
     wide = augment.train_images(batch, KEY, rows, **OPTIONS)

@@ -85,6 +85,7 @@ def test_the_data_dir_defaults_to_the_variable_then_to_home(
     assert source.root("~/elsewhere") == pathlib.Path.home() / "elsewhere"
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_digits_at_once(tmp_path: pathlib.Path) -> None:
     code = (
         "import sys, time; from bsce_jax.data import resident; import sklearn.datasets;"

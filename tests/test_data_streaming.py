@@ -154,6 +154,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_decoding_process_outlives_signals_before_it_has_begun(pictures, tmp_path):
     script = tmp_path / "reads.py"
     script.write_text(STARTING)

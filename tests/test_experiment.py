@@ -139,7 +139,7 @@ def test_all_priors_share_the_base_step_and_its_bits(config, folder, balanced):
         assert a["result"] == b["result"]
 
 
-@pytest.mark.parametrize("method", ["bic", "ncm"])
+@pytest.mark.parametrize("method", [pytest.param("bic", marks=pytest.mark.slow), "ncm"])
 def test_a_method_starts_from_the_base_step_of_il_baseline(folder, balanced, method):
     """The model's leaves are taken over; what it has of its own is this run's."""
     (folder / method).mkdir()
@@ -356,7 +356,7 @@ def test_a_file_that_is_no_image_is_one_line(tmp_path, content, reason):
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "pmap"])
 def test_eight_devices_give_the_results_of_one(config, folder, balanced, mode):
     """In another order of summation: losses within rounding."""
     overrides = ("--config.prior=balanced", f"--config.parallel={mode}")

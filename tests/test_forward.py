@@ -105,6 +105,7 @@ def updates_one_by_one(mode, devices, given, held_out):
     return found
 
 
+@pytest.mark.slow
 def test_one_device_jit_8_and_pmap_8_give_the_same_update_through_a_forward(x64):
     """Everything of the network, the method's own and what it keeps included."""
     given = arguments(with_forward())

@@ -142,6 +142,7 @@ def test_fine_tuning_moves_the_rows_of_the_head_alone(x64, batch_norm):
         assert_close(whole.network.params["head"], new.network.params["head"], 1e-12)
 
 
+@pytest.mark.slow
 def test_the_inner_step_of_meta_leaves_frozen_rows(x64):
     """theta* = theta - lr * scale * gradient: against reverse mode written out."""
     tested = program(jnp.float64, True, "lucir", augmented=False)

@@ -132,7 +132,12 @@ def test_a_prior_switches_the_fine_tuning_off(config, prior, more):
 
 
 @pytest.mark.parametrize(
-    "prior", ["none", "relaxed", pytest.param("balanced", marks=pytest.mark.slow)]
+    "prior",
+    [
+        pytest.param("none", marks=pytest.mark.slow),
+        "relaxed",
+        pytest.param("balanced", marks=pytest.mark.slow),
+    ],
 )
 def test_without_memory(config, prior, caplog):
     workdir = config.parent / f"{prior}-0"

@@ -155,6 +155,7 @@ def test_the_unrolled_head_is_that_of_a_loop_in_numpy(halves):
         assert loss == 0
 
 
+@pytest.mark.slow
 def test_each_half_of_the_old_exemplars_is_judged_by_the_other():
     with jax.enable_x64(True):
         begun, head, pixels, images = arrays(True)

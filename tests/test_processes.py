@@ -93,7 +93,8 @@ def wait_for(workdir, number: int, processes) -> None:
             assert process.poll() is None, process.communicate()[1]
 
 
-@pytest.mark.parametrize("cases", ["few", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", ["few", "all"])
 def test_two_processes_compute_what_one_device_does(tmp_path, cases):
     """Three updates in float64; a whole set; `all`: every loss, with Meta and not."""
     address = free_address()

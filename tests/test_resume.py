@@ -131,6 +131,7 @@ def test_twenty_kills(config, undisturbed):
         kill_and_compare(config, undisturbed, f"twenty{part}", 4, seed=time.time_ns())
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(config, undisturbed):
     workdir = config.parent / "terminated"
     process = start_and_wait(config, workdir, number=3)
