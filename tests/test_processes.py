@@ -270,7 +270,8 @@ def test_an_error_of_one_process_is_told_to_the_others(baseline):
 @pytest.mark.slow
 def test_an_error_of_all_processes_at_once_has_one_status(baseline):
     workdir = baseline.parent / "not finite"
-    overrides = ("--config.phase.base.learning_rate=1e30", EVERY_UPDATE)
+    rates = ("learning_rate=1e4", "rate.head=1e6")
+    overrides = (*(f"--config.phase.base.{rate}" for rate in rates), EVERY_UPDATE)
     with together(
         baseline, workdir, "--config.deterministic=true", *overrides
     ) as processes:
