@@ -22,8 +22,6 @@ def start(*words, stdout=subprocess.PIPE, **variables):
         stdout=stdout,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        # A shell's background commands ignore it, and so would all that they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -24,11 +24,18 @@ def config(tmp_path_factory) -> pathlib.Path:
 
 def in_terminal(command: list[str], columns: int, **variables: str) -> list[str]:
     """Runs a command in a terminal; returns the lines that a person sees at the end."""
-    process, terminal = pty.fork()
-    if process == 0:
-        os.chdir(runs.ROOT)
-        os.execvpe(command[0], command, {**runs.environment(), **variables})
+    terminal, inner = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 200, columns, 0, 0))
+    process = subprocess.Popen(
+        command,
+        cwd=runs.ROOT,
+        env={**runs.environment(), **variables},
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        start_new_session=True,
+    )
+    os.close(inner)
     screen = pyte.Screen(columns, 200)
     stream = pyte.ByteStream(screen)
     while True:
@@ -40,7 +47,7 @@ def in_terminal(command: list[str], columns: int, **variables: str) -> list[str]
             break
         stream.feed(found)
     os.close(terminal)
-    _, status = os.waitpid(process, 0)
+    status = process.wait()
     lines = [line.rstrip() for line in screen.display]
     assert status == 0, "\n".join(lines)
     return lines
