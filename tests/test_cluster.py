@@ -143,7 +143,8 @@ os._exit(9)
 """
 
 
-@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
 def test_waiting_for_a_process_that_never_comes_ends(index):
     address = free_address()
     done = _join(JOIN, address, index).communicate(timeout=60)

@@ -174,14 +174,8 @@ def test_features_of_an_epoch_are_those_of_the_images_trained_on(given):
     assert found.dtype == np.float32
 
 
-@pytest.mark.parametrize(
-    ("mode", "devices"),
-    [
-        ("pmap", 8),
-        pytest.param("jit", 8, marks=pytest.mark.slow),
-        pytest.param("jit", 1, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "devices"), [("pmap", 8), ("jit", 8), ("jit", 1)])
 def test_one_call_on_many_devices_is_a_call_an_update_on_one(given, mode, devices):
     """Rows are filled up, those of companions together with their image."""
     state, losses = one_by_one("jit", 1, given)

@@ -29,7 +29,15 @@ WITHOUT_MEMORY = ("ncm", "slda", "spb", "spb_i", "spb_m")
 EVERY_UPDATE = ("--config.checkpoint.minutes=0", "--config.checkpoint.keep=1000")
 
 
-@pytest.fixture(scope="module", params=PHASES)
+SLOW = ("podnet_dde",)  # LUCIR has the same second stream in the first stage
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PHASES
+    ],
+)
 def method(request):
     return request.param
 

@@ -107,6 +107,7 @@ def test_the_numbers_of_meta_do_not_change(config, folder):
     np.testing.assert_allclose(losses(folder / "real meta")[1:], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_priors_share_the_base_step_and_its_bits(config, folder, balanced):
     shared = runs.results(balanced)
     for prior, more in (
@@ -356,7 +357,8 @@ def test_a_file_that_is_no_image_is_one_line(tmp_path, content, reason):
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "pmap"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_eight_devices_give_the_results_of_one(config, folder, balanced, mode):
     """In another order of summation: losses within rounding."""
     overrides = ("--config.prior=balanced", f"--config.parallel={mode}")

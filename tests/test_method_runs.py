@@ -80,14 +80,7 @@ def same_bits_from(config, undisturbed, number, name, *overrides) -> None:
     assert results_file.deterministic(ours) == results_file.deterministic(theirs)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        name if name == "podnet" else pytest.param(name, marks=pytest.mark.slow)
-        for name in METHODS
-    ],
-    indirect=True,
-)
+@pytest.mark.slow
 def test_cut_inside_each_phase_the_run_has_the_same_bits(config, undisturbed):
     """As if it had been killed there: test_resume.py has processes that are."""
     found = places(undisturbed)

@@ -94,7 +94,7 @@ def results(where, head):
 
 # test_forward.py has PODNet's head on several devices.
 HEADS = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name == "local_similarity"))
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "cosine"))
     for name in NETWORKS
 ]
 

@@ -93,7 +93,7 @@ def test_the_head_is_podnet_s_on_demand():
     assert params["head"]["kernel"].shape == (16, 10, 50)
 
 
-@pytest.mark.parametrize("depth", BLOCKS)
+@pytest.mark.parametrize("depth", [14, pytest.param(18, marks=pytest.mark.slow)])
 def test_which_blocks_end_with_a_relu(depth):
     module, state, images = initialised(depth)
     state = state | {"params": perturbed(state["params"])}
