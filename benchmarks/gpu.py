@@ -7,8 +7,9 @@ Stages, in this order (--stages names some of them, separated by commas):
     runs     the paper's CIFAR-100 cells with 5 steps, with memory (Table 1) and without
              (Table 3), and a fixed alpha (Table 5), all in one process:
              python -m bsce_jax.reproduce --in_process, in the folder reproduce
-    graphs   one method with more or less of an update in a CUDA graph (speed.py)
-    speed    every method and prior against PyTorch, if installed (speed.py)
+    graphs   more or less of an update in a CUDA graph (cuda_graphs.py)
+    speed    every method and prior against PyTorch, if installed (speed.py), with what
+             was fastest in `graphs`
     meta     time and memory of the gradient of alpha (meta_gradient.py)
 
 A stage consists of tasks, each a process of its own. The folder --output gets
@@ -41,13 +42,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("runs", "graphs", "speed", "meta")
 # Seconds that a task of a stage must have to be worth its start.
 LEAST = {"runs": 120, "graphs": 60, "speed": 150, "meta": 90}
-# By default XLA puts neither convolutions nor loops into CUDA graphs, and a small
-# network's update is then hundreds of launches by the host.
-GRAPHS = {
-    "default": "",
-    "convolutions": "--xla_gpu_enable_command_buffer=+CONVOLUTION",
-    "whole_calls": "--xla_gpu_enable_command_buffer=+CONVOLUTION,+WHILE",
-}
+SCRIPTS = {"graphs": "cuda_graphs", "speed": "speed", "meta": "meta_gradient"}
 METHODS = ("il_baseline", "lucir", "podnet")
 # The cells of the whole runs, in this order: "5:..." is a row of Table 5.
 ROWS = ("1:il_baseline_balanced", "1:il_baseline", "1:il_baseline_meta", "5:alpha-0.25")
@@ -62,16 +57,12 @@ LEFT = 3  # exit status of a task that has saved and has more to do
 
 
 class Task(NamedTuple):
-    """A process that leaves a JSON file `result` if it succeeds.
-
-    `xla_flags` are added to those of the environment.
-    """
+    """A process that leaves a JSON file `result` if it succeeds."""
 
     name: str
     stage: str
     command: list[str]
     result: pathlib.Path
-    xla_flags: str = ""
 
 
 def tasks(options: argparse.Namespace, deadline: float) -> Iterator[Task]:
@@ -82,14 +73,15 @@ def tasks(options: argparse.Namespace, deadline: float) -> Iterator[Task]:
         yield runs_task(options, deadline)
     pairs = pairs[:1] if options.reduced else pairs
     common = ["--updates_per_call", str(options.updates_per_call)]
-    for name, flag in GRAPHS.items() if "graphs" in options.stages else ():
-        flags = ["--methods", first[0], "--dtypes", first[1], *common]
-        flags += ["--priors", "balanced", "--no-startup", "--rivals", "--rounds", "3"]
-        task = script_task("graphs", name, first[1], flags, options)
-        yield task._replace(xla_flags=flag)
+    timed = None
+    if "graphs" in options.stages:
+        flags = ["--method", first[0], "--dtype", first[1], *common, "--rounds", "3"]
+        timed = script_task("graphs", *first, flags, options)
+        yield timed
     for method, dtype in pairs if "speed" in options.stages else ():
         flags = ["--methods", method, "--dtypes", dtype, "--tflops", *options.tflops]
         flags += ["--bandwidth", str(options.bandwidth), *common]
+        flags += ["--graphs", fastest(timed)]
         flags += ["--profile", str(options.output / "traces" / f"{method}-{dtype}")]
         flags += ["--no-startup"] if (method, dtype) != first else []
         yield script_task("speed", method, dtype, flags, options)
@@ -104,10 +96,17 @@ def script_task(
     """A benchmark script that writes JSON."""
     name = f"{stage}-{method}-{dtype}"
     result = options.output / "tasks" / f"{name}.json"
-    script = "meta_gradient.py" if stage == "meta" else "speed.py"
-    script = ROOT / "benchmarks" / script
+    script = ROOT / "benchmarks" / f"{SCRIPTS[stage]}.py"
     command = [sys.executable, str(script), *flags, f"--output={result}"]
     return Task(name, stage, command + ["--reduced"] * options.reduced, result)
+
+
+def fastest(timed: Task | None) -> str:
+    """The kind of graphs that a task has found to be the fastest, or XLA's own."""
+    if timed is None or not timed.result.exists():
+        return "default"
+    found = _json(timed.result)["results"]
+    return max(found, key=lambda kind: kind["train"]["per_s"])["graphs"]
 
 
 def runs_task(options: argparse.Namespace, deadline: float) -> Task:
@@ -143,20 +142,14 @@ def execute(
     before, start = record["seconds"], time.monotonic()
     record |= {"status": "running", "note": "", "log": log.name}
     command = shlex.join(task.command)
-    command = f"XLA_FLAGS={task.xla_flags} {command}" if task.xla_flags else command
     record |= {"command": command, "attempts": record["attempts"] + 1}
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    flags = [os.environ.get("XLA_FLAGS", ""), task.xla_flags]
     with log.open("a") as file:
         print(f"$ {record['command']}", file=file, flush=True)
         process = subprocess.Popen(
             task.command,
             cwd=ROOT,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-                "XLA_FLAGS": " ".join(filter(None, flags)),
-            },
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -230,10 +223,10 @@ def markdown(summary: dict[str, Any]) -> str:
         if task["stage"] == "runs":
             runs += [[run, *facts.values()] for run, facts in result.items()]
         elif task["stage"] == "graphs":
-            for part in result.get("results", []):
-                rates = part["priors"]["balanced"]
-                figures = (rates[key]["per_s"] for key in ("train", "epoch"))
-                graphs.append([name.removeprefix("graphs-"), *figures])
+            for kind in result.get("results", []):
+                figures = [kind[key]["per_s"] for key in ("train", "epoch")]
+                ratio, seconds = kind["train"]["ratio"], kind["compile_s"]
+                graphs.append([kind["graphs"], *figures, ratio, seconds])
         elif task["stage"] == "speed":
             speed += result.get("results", [])
         else:
@@ -246,7 +239,8 @@ def markdown(summary: dict[str, Any]) -> str:
     if environment:
         source = f"JAX {environment['versions']['jax']}, commit {environment['commit']}"
         lines.append(f"{environment['device']}, {source}")
-    header = "in CUDA graphs | training step, images/s | whole epochs, images/s"
+    header = "gpu_graphs | training step, images/s | whole epochs, images/s"
+    header += " | training step, default = 1 | compile s"
     lines += ["## CUDA graphs", table(header, graphs)]
     lines += ["## Speed", speed_table.markdown(speed)]
     header = "type | program | ms | time (train step = 1) | at most | memory | at most"

@@ -19,7 +19,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from bsce_jax.compute import parallel
+from bsce_jax.compute import graphs, parallel
 from bsce_jax.compute.state import PyTree, StepContext
 from bsce_jax.config import terms
 from bsce_jax.config.resolve import resolve
@@ -80,9 +80,10 @@ class Program:
 
     _known: ClassVar[dict[Any, tuple[Any, float]]] = {}
 
-    def __init__(self, jitted: Any) -> None:
-        """Takes a jitted function; compiles nothing yet."""
+    def __init__(self, jitted: Any, kind: str = "default") -> None:
+        """Takes a jitted function and a kind of CUDA graphs; compiles nothing yet."""
         self._jitted, self.compiled, self.seconds = jitted, cast(Any, None), 0.0
+        self._kind = kind
         self._arguments: tuple[PyTree, ...] = ()
 
     def __call__(self, *arguments: PyTree) -> Any:
@@ -100,10 +101,10 @@ class Program:
 
     def _compile(self, lowered: Any, arguments: PyTree) -> tuple[Any, float]:
         """The compiled program, and the seconds that it took when it was compiled."""
-        key = lowered.as_text(), jax.tree.structure(arguments)
+        key = self._kind, lowered.as_text(), jax.tree.structure(arguments)
         if key not in self._known:
             start = time.perf_counter()
-            built = lowered.compile()
+            built = lowered.compile(compiler_options=graphs.OPTIONS[self._kind] or None)
             self._known[key] = built, time.perf_counter() - start
         return self._known[key]
 
@@ -185,7 +186,7 @@ def configuration(method: str, prior: str, dtype: str, sizes: Sizes) -> ConfigDi
     """configs/cifar100.py for a method and prior, cut to the sizes."""
     config = load("cifar100", f"method={method},prior={prior}")
     config.model.dtype = dtype
-    config.gpu_graphs = "default"  # what XLA_FLAGS says: see gpu.py
+    config.gpu_graphs = "default"  # Program compiles with those that it is given
     if sizes.batch:
         config.optim.batch_size = config.meta.batch_size = sizes.batch
         config.evaluation.batch_size = 4 * sizes.batch
@@ -221,24 +222,38 @@ def dataset(config: ConfigDict, sizes: Sizes) -> Dataset:
 
 
 def make(
-    method: str, prior: str, dtype: str, sizes: Sizes, updates_per_call: int = 0
+    method: str,
+    prior: str,
+    dtype: str,
+    sizes: Sizes,
+    updates_per_call: int = 0,
+    kind: str = "default",
 ) -> Problem:
     """Builds a problem on one device; compiles nothing but the initial network."""
     config = configuration(method, prior, dtype, sizes)
     config.updates_per_call = updates_per_call
-    return place(config, dataset(config, sizes))
+    return place(config, dataset(config, sizes), kind=kind)
 
 
 def place(
-    config: ConfigDict, source: Dataset, devices: int = 1, mode: str = "jit"
+    config: ConfigDict,
+    source: Dataset,
+    devices: int = 1,
+    mode: str = "jit",
+    kind: str = "default",
 ) -> Problem:
-    """Builds the problem of a configuration and data set on the first devices."""
+    """Builds the problem of a configuration and data set on the first devices.
+
+    Training programs are compiled with the `kind` of CUDA graphs.
+    """
     chosen = parallel.create(mode, jax.devices()[:devices])
     programs = build(config, chosen, source.num_classes)
     programs = dataclasses.replace(
         programs,
-        updates={name: Program(f) for name, f in programs.updates.items()},
-        meta_updates={name: Program(f) for name, f in programs.meta_updates.items()},
+        updates={name: Program(f, kind) for name, f in programs.updates.items()},
+        meta_updates={
+            name: Program(f, kind) for name, f in programs.meta_updates.items()
+        },
         evaluate=Program(programs.evaluate),
         features=Program(programs.features),
     )

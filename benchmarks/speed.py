@@ -44,6 +44,7 @@ from problem import Contestant, Problem
 from rival_process import RivalError, Rivals
 
 from bsce_jax import memory
+from bsce_jax.compute import graphs
 from bsce_jax.run import evaluate, hooks, loop
 
 PRIORS = {
@@ -131,7 +132,12 @@ def measure(
     problems, runs, known = {}, {}, {}
     for prior in options.priors or PRIORS[method]:
         p = problems[prior] = problem.make(
-            method, prior, dtype, options.sizes, options.updates_per_call
+            method,
+            prior,
+            dtype,
+            options.sizes,
+            options.updates_per_call,
+            options.graphs,
         )
         problem.compile_all(p)
         for name, contestant in contestants(p, options.updates).items():
@@ -262,6 +268,7 @@ def facts(p: Problem, options: argparse.Namespace) -> dict[str, Any]:
         "update_bytes": moved or None,
         "floor_s": floor,
         "updates_per_call": p.programs.updates_per_call,
+        "graphs": options.graphs,
     }
 
 
@@ -297,6 +304,7 @@ def parse() -> argparse.Namespace:
     add("--updates", type=int, default=0, help="in a round; 0: 10 on CPU, else 500")
     add("--rounds", type=int, default=5)
     add("--updates_per_call", type=int, default=0, help="0: the package's default")
+    add("--graphs", default="default", choices=graphs.OPTIONS, help="CUDA graphs")
     add("--tflops", nargs="*", default=[], metavar="TYPE=NUMBER", help="peak rates")
     add("--bandwidth", type=float, default=0, help="peak, TB/s")
     add("--startup", action=argparse.BooleanOptionalAction, default=True)

@@ -264,8 +264,6 @@ def test_gpu_commands_are_valid(gpu, load, monkeypatch, tmp_path, extra):
     monkeypatch.setattr(sys, "argv", [*flags, "--limit_seconds=600"])
     tasks = list(gpu.tasks(gpu.parse(), time.monotonic() + 570))
     assert {task.stage for task in tasks} == set(gpu.STAGES)
-    flags = [task.xla_flags for task in tasks if task.stage == "graphs"]
-    assert flags == list(gpu.GRAPHS.values())
     speed = [task.command for task in tasks if task.stage == "speed"]
     assert sum("--no-startup" not in command for command in speed) == 1
     assert len({task.name for task in tasks}) == len(tasks)
@@ -347,18 +345,13 @@ def test_gpu_ends_at_the_limit_and_continues(gpu, monkeypatch, tmp_path):
     assert second["long"]["seconds"] >= first["long"]["seconds"]
 
 
-def test_gpu_adds_a_tasks_flags_to_those_of_the_environment(gpu, monkeypatch, tmp_path):
-    """XLA takes text that begins with no dashes, such as a space, for a file's name."""
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
-    code = "import os; print(repr(os.environ['XLA_FLAGS']))"
-    log = tmp_path / "log"
-    for flags in ("", "--xla_a=1"):
-        command = [sys.executable, "-c", code]
-        task = gpu.Task("a", "graphs", command, tmp_path / "none", flags)
-        record = {"attempts": 0, "seconds": 0.0}
-        for _ in gpu.execute(task, record, log, time.monotonic() + 60):
-            pass
-        assert log.read_text().splitlines()[-1] == repr(flags)
+def test_gpu_times_rivals_against_the_fastest_graphs(gpu, tmp_path):
+    timed = gpu.Task("a", "graphs", [], tmp_path / "a.json")
+    assert gpu.fastest(None) == gpu.fastest(timed) == "default"
+    rates = {"default": 1.0, "concurrent": 3.0, "whole": 2.0}
+    found = [{"graphs": k, "train": {"per_s": rate}} for k, rate in rates.items()]
+    timed.result.write_text(json.dumps({"results": found}))
+    assert gpu.fastest(timed) == "concurrent"
 
 
 def test_gpu_begins_nothing_that_has_no_time(gpu, monkeypatch, tmp_path):

@@ -61,6 +61,7 @@ def test_a_run_writes_results_pictures_events_and_a_table(config, balanced, caps
     for picture in ("curves.png", "confusion.png"):
         Image.open(balanced / picture).verify()
     assert list((balanced / "tensorboard").iterdir())
+    assert {s["telemetry"]["gpu_graphs"] for s in results["steps"]} == {"default"}
     runs.here(config, balanced, *BALANCED)
     assert "average incremental accuracy" in capsys.readouterr().out
     assert runs.results(balanced) == results

@@ -35,6 +35,7 @@ class Programs:
         whose images have companions.
       optimizer, alpha_optimizer: optax.
       updates_per_call: U of the plans that the updates take.
+      of_updates: has compiled the updates; its kind of CUDA graphs.
     """
 
     devices: parallel.Parallel
@@ -47,6 +48,7 @@ class Programs:
     optimizer: optax.GradientTransformationExtraArgs
     alpha_optimizer: optax.GradientTransformation
     updates_per_call: int
+    of_updates: graphs.Graphs
 
 
 def build(
@@ -103,6 +105,7 @@ def build(
             config.meta.optimizer, config.meta.learning_rate
         ),
         updates_per_call=updates_per_call(config, devices),
+        of_updates=of_updates,
     )
 
 

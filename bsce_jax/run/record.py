@@ -27,8 +27,12 @@ def add_record(run: Run, progress: Progress) -> None:
         earlier["result"].pop("confusion", None)
     tested = sum(images for *_, images in result["confusion"])
     wanted = int(np.sum(run.dataset.test_labels < result["num_seen"]))
-    times = {**run.monitor.step_telemetry(), "skipped_test_images": wanted - tested}
-    found = {"result": result, "telemetry": times}
+    telemetry = {
+        **run.monitor.step_telemetry(),
+        "skipped_test_images": wanted - tested,
+        "gpu_graphs": run.programs.of_updates.kind,
+    }
+    found = {"result": result, "telemetry": telemetry}
     run.results["steps"].append({"step": progress.step, **found})
     run.results["summary"] = results.summary(run.results["steps"])
     if progress.step == len(run.dataset.groups) - 1:
