@@ -98,7 +98,6 @@ RAW = {
 }
 # Headings with a table whose raw results were not kept: none may be added.
 NOT_COVERED = {
-    "Before and after phases became configuration",
     "The tables on the digits: the runner from end to end",
 }
 # Tables of speed, by the first cell of their header.
