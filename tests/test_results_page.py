@@ -88,11 +88,9 @@ RAW = {
     "The other methods on the reduced CIFAR-100": (
         "cifar100_cpu",
         {
-            **{
-                f"`{name}`, memory 5": name
-                for name in ("lucir_dde", "bic", "geodl", "eeil", "ss_il", "icarl")
-            },
+            **{f"`{name}`, memory 5": name for name in WITH_MEMORY},
             **{f"`{name}`, memory none": name for name in WITHOUT},
+            "`lucir_dde`, memory none": "lucir_dde-nomemory",
         },
     ),
     "The tables on the digits: the runner from end to end": (
