@@ -27,6 +27,10 @@ RAW = {
             "meta": "il_baseline-meta-steps0to3",
         },
     ),
+    "CIFAR-100 at full resolution, every schedule divided by 50": (
+        "cifar100_short",
+        {"none (softmax)": "il_baseline-none", "balanced": "il_baseline-balanced"},
+    ),
     "CIFAR-100, reduced, on two CPU cores": (
         "cifar100_cpu",
         {
