@@ -13,15 +13,12 @@ kinds follow one another, every other one in reverse:
 """
 
 import argparse
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import meta_gradient
-import numpy as np
 import problem
 import speed
-from speed import short
 
 from bsce_jax.compute import graphs
 
@@ -49,23 +46,15 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             found[name]()
             runs[f"{kind}/{name}"] = found[name]
     *_, rates = speed.interleaved(runs, options.rounds)
+    usual = {name: {"default": rates[f"default/{name}"]} for name in TIMED}
     return [
-        {"graphs": kind, "compile_s": seconds[kind], **compared(kind, rates)}
+        {
+            "graphs": kind,
+            "compile_s": seconds[kind],
+            **{n: speed.figures(rates[f"{kind}/{n}"], usual[n]) for n in TIMED},
+        }
         for kind in graphs.OPTIONS
     ]
-
-
-def compared(kind: str, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A kind's rates, and their ratios to those of XLA's own choice."""
-    found = {}
-    for name in TIMED:
-        own, usual = rates[f"{kind}/{name}"], rates[f"default/{name}"]
-        found[name] = {
-            "per_s": short(np.median(own)),
-            "rounds": [short(rate) for rate in own],
-            "ratio": short(np.median(own / usual)),
-        }
-    return found
 
 
 def parse() -> argparse.Namespace:

@@ -141,8 +141,10 @@ def execute(
     """
     before, start = record["seconds"], time.monotonic()
     record |= {"status": "running", "note": "", "log": log.name}
-    command = shlex.join(task.command)
-    record |= {"command": command, "attempts": record["attempts"] + 1}
+    record |= {
+        "command": shlex.join(task.command),
+        "attempts": record["attempts"] + 1,
+    }
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     with log.open("a") as file:
         print(f"$ {record['command']}", file=file, flush=True)
@@ -225,8 +227,8 @@ def markdown(summary: dict[str, Any]) -> str:
         elif task["stage"] == "graphs":
             for kind in result.get("results", []):
                 figures = [kind[key]["per_s"] for key in ("train", "epoch")]
-                ratio, seconds = kind["train"]["ratio"], kind["compile_s"]
-                graphs.append([kind["graphs"], *figures, ratio, seconds])
+                ratio = kind["train"]["ratio"]["default"]
+                graphs.append([kind["graphs"], *figures, ratio, kind["compile_s"]])
         elif task["stage"] == "speed":
             speed += result.get("results", [])
         else:

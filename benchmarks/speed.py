@@ -194,18 +194,22 @@ def compared(prior: str, rates: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """A prior's rates, and their ratios to those of the rivals there are."""
     found = {}
     for name, others in AGAINST.items():
-        own = rates[f"{prior}/{name}"]
-        ratio = {
-            other: short(np.median(own / rates[f"torch/{other}"]))
+        rivals = {
+            other: rates[f"torch/{other}"]
             for other in others
             if f"torch/{other}" in rates
         }
-        found[name] = {
-            "per_s": short(np.median(own)),
-            "rounds": [short(rate) for rate in own],
-            "ratio": ratio,
-        }
+        found[name] = figures(rates[f"{prior}/{name}"], rivals)
     return found
+
+
+def figures(own: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Rates [rounds]: their median, all of them, and the median ratio to each other."""
+    return {
+        "per_s": short(np.median(own)),
+        "rounds": [short(rate) for rate in own],
+        "ratio": {name: short(np.median(own / rate)) for name, rate in others.items()},
+    }
 
 
 def interleaved(
