@@ -73,10 +73,9 @@ def tasks(options: argparse.Namespace, deadline: float) -> Iterator[Task]:
         yield runs_task(options, deadline)
     pairs = pairs[:1] if options.reduced else pairs
     common = ["--updates_per_call", str(options.updates_per_call)]
-    timed = None
+    flags = ["--method", first[0], "--dtype", first[1], *common, "--rounds", "3"]
+    timed = script_task("graphs", *first, flags, options)
     if "graphs" in options.stages:
-        flags = ["--method", first[0], "--dtype", first[1], *common, "--rounds", "3"]
-        timed = script_task("graphs", *first, flags, options)
         yield timed
     for method, dtype in pairs if "speed" in options.stages else ():
         flags = ["--methods", method, "--dtypes", dtype, "--tflops", *options.tflops]
@@ -101,9 +100,12 @@ def script_task(
     return Task(name, stage, command + ["--reduced"] * options.reduced, result)
 
 
-def fastest(timed: Task | None) -> str:
-    """The kind of graphs that a task has found to be the fastest, or XLA's own."""
-    if timed is None or not timed.result.exists():
+def fastest(timed: Task) -> str:
+    """The kind of graphs that a task has found to be the fastest, or XLA's own.
+
+    What an earlier call with the same --output has found counts.
+    """
+    if not timed.result.exists():
         return "default"
     found = _json(timed.result)["results"]
     return max(found, key=lambda kind: kind["train"]["per_s"])["graphs"]

@@ -345,13 +345,21 @@ def test_gpu_ends_at_the_limit_and_continues(gpu, monkeypatch, tmp_path):
     assert second["long"]["seconds"] >= first["long"]["seconds"]
 
 
-def test_gpu_times_rivals_against_the_fastest_graphs(gpu, tmp_path):
-    timed = gpu.Task("a", "graphs", [], tmp_path / "a.json")
-    assert gpu.fastest(None) == gpu.fastest(timed) == "default"
+def test_gpu_times_rivals_against_the_fastest_graphs(gpu, monkeypatch, tmp_path):
+    flags = ["gpu.py", f"--output={tmp_path}", "--stages=speed", "--reduced"]
+
+    def graphs_of_speed() -> str:
+        monkeypatch.setattr(sys, "argv", flags)
+        (task,) = gpu.tasks(gpu.parse(), time.monotonic() + 600)
+        return task.command[task.command.index("--graphs") + 1]
+
+    assert graphs_of_speed() == "default"
     rates = {"default": 1.0, "concurrent": 3.0, "whole": 2.0}
     found = [{"graphs": k, "train": {"per_s": rate}} for k, rate in rates.items()]
-    timed.result.write_text(json.dumps({"results": found}))
-    assert gpu.fastest(timed) == "concurrent"
+    (tmp_path / "tasks").mkdir()
+    earlier = tmp_path / "tasks" / "graphs-il_baseline-bfloat16.json"
+    earlier.write_text(json.dumps({"results": found}))
+    assert graphs_of_speed() == "concurrent"
 
 
 def test_gpu_begins_nothing_that_has_no_time(gpu, monkeypatch, tmp_path):

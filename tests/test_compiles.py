@@ -34,7 +34,7 @@ def test_nothing_compiles_at_a_new_step_over_26_steps(tmp_path):
     counts = [record["telemetry"]["compiles"] for record in records]
     resumed = next(i for i in range(1, len(counts)) if "base_update" not in counts[i])
     assert 2 <= resumed <= 24
-    programs = ("incremental_update", "meta_update", "evaluate", "features")
+    programs = ("incremental_update", "incremental_meta_update", "evaluate", "features")
     for name in programs:
         assert counts[resumed - 1].get(name) == 1
         assert counts[-1].get(name) == 1, counts[-1]

@@ -85,9 +85,8 @@ def build(
         alpha_stays = updates.make_train_update(dataclasses.replace(program, meta=None))
         trained[phase.name] = update(alpha_stays, f"{phase.name}_update")
         if program.meta is not None:
-            meta_trained[phase.name] = update(
-                updates.make_meta_update(program), "meta_update"
-            )
+            alpha_learns = updates.make_meta_update(program)
+            meta_trained[phase.name] = update(alpha_learns, f"{phase.name}_meta_update")
         if phase.beside == "companions":
             of_epoch = updates.make_epoch_features(program)
             companions[phase.name] = shown(of_epoch, "epoch_features", 4, 2)
