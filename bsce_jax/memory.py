@@ -89,7 +89,9 @@ def herd_padded(
       features: ``[rows, dimension]``, the images of one class and padding.
       valid: ``[rows]`` bool, False for padding.
       m: images to choose; static.
-      normalise: whether to herd features of length 1, or as they are; static.
+      normalise: whether to herd features of length 1, or as they are; static. As they
+        are (BiC, Wu et al. 2019, in the authors' code) image k is the one, not chosen
+        before, that brings the mean of the first k nearest to the class's.
 
     Returns:
       ``[m]`` int32 rows in order of choice, -1 where there are fewer images than m.
@@ -107,10 +109,13 @@ def herd_padded(
         picks, count, chosen, ranking, direction = state
         # The classical loop may pick an image again, which only moves the direction.
         # After its 1000 picks what is missing is filled without repetition.
-        allowed = valid & ~(chosen & (picks >= _CLASSICAL_PICKS))
+        again = normalise and picks < _CLASSICAL_PICKS
+        allowed = valid & (again | ~chosen)
         # Not a matrix product: its blocking gives equal rows unequal sums, and so
         # breaks the ties between duplicates at random; nor is it ever TF32.
         scores = jnp.sum(points * direction[None, :], axis=1)
+        if not normalise:  # the terms of |direction - point|^2 that the image decides
+            scores -= jnp.sum(points**2, axis=1) / 2
         best = jnp.argmax(jnp.where(allowed, scores, -jnp.inf)).astype(jnp.int32)
         is_new = ~chosen[best]
         ranking = ranking.at[count].set(jnp.where(is_new, best, -1))
@@ -264,6 +269,38 @@ def balanced_split(
         own_rng = np.random.default_rng([seed, int(label)])
         held[own_rng.choice(rows, held_out, replace=False)] = True
     return source[~held], source[held]
+
+
+def reserved(
+    labels: ArrayLike, num_classes: int, count: int, seed: int
+) -> NDArray[np.int32]:
+    """Random images of every class, to be held out once and for all.
+
+    What is drawn from a class depends on its own images and on the seed only.
+
+    Args:
+      labels: ``[images]`` int, from 0.
+      num_classes: of which each has more than `count` images.
+      count: images to take of each class.
+      seed: of the draw.
+
+    Returns:
+      ``[num_classes, count]`` int32 indices into `labels`.
+
+    Raises:
+      UserError: a class has no more than `count` images.
+    """
+    order = np.argsort(labels, kind="stable")
+    sizes = np.bincount(labels, minlength=num_classes)
+    found = np.zeros((num_classes, count), np.int32)
+    for label, rows in enumerate(np.split(order, np.cumsum(sizes)[:-1])):
+        if len(rows) <= count:
+            raise UserError(
+                f"count={count}: must leave some of the {len(rows)} images of class "
+                f"{label}"
+            )
+        found[label] = np.random.default_rng([seed, label]).permutation(rows)[:count]
+    return found
 
 
 def _floating(features: jax.Array) -> jax.Array:

@@ -22,6 +22,7 @@ DATA = dataset([8] * 6, base=3, steps=3)
 OF_A_PHASE = {
     "augment": False,
     "batch_norm": "eval",
+    "batch_size": 3,
     "begin": "start",
     "beside": "memory",
     "beside_size": 3,
@@ -86,7 +87,7 @@ RELEVANT = {
     "optim.decayed": "kernels",
     "optim.noise": 0.3,
     "optim.noise_epochs": 2,
-    "optim.weight_decay_by_step": "1/step",
+    "optim.weight_decay_by_step": "groups/step",
     "terms.softmax_ce.weight": 0.5,
     **{f"phase.base.{name}": value for name, value in OF_A_PHASE.items()},
 }
@@ -136,8 +137,9 @@ IRRELEVANT = {
     "terms.kd.temperature": 3.0,
     **{f"phase.incremental.{name}": value for name, value in OF_A_PHASE.items()},
 }
-# What decides which phases are those of the base step.
+# What decides which phases are those of the base step, and on which images it is.
 ONE_VALUE_ONLY = {"phases", "phase.base.steps", "phase.incremental.steps"}
+ONE_VALUE_ONLY |= {"memory.held_out"}
 
 
 def test_every_field_is_sorted_into_one_of_the_two():
@@ -241,6 +243,25 @@ def test_the_method_counts_where_the_base_step_uses_its_forward():
     assert len({found("bic", ""), found("bic", "f"), found("icarl", "f")}) == 3
 
 
+def test_images_that_are_held_out_from_the_start_count():
+    held = {"bias": phase(images="held_out", epochs=2)}
+    plain = base_hash(config(), DATA)
+    assert base_hash(config(held), DATA) == plain
+    options = {"memory__held_out": "once", "meta__fraction": 0.4}
+    once = {
+        base_hash(config(held, **options, memory__per_class=n), DATA) for n in (4, 6)
+    }
+    assert len(once | {plain}) == 2  # 2 images of each class in both
+    more = base_hash(config(held, **options, memory__per_class=7), DATA)
+    assert more not in once
+
+
+def test_the_number_of_steps_counts_where_the_weight_decay_depends_on_it():
+    falls = config(optim__weight_decay_by_step="groups/step")
+    other = dataclasses.replace(DATA, groups=class_groups(6, 3, 1))
+    assert base_hash(falls, other) != base_hash(falls, DATA)
+
+
 def test_the_base_hash_and_the_scenario():
     """Steps and the order of later classes do not count; the base classes do."""
     expected = base_hash(config(), DATA)
@@ -263,7 +284,7 @@ def test_the_base_hash_and_the_scenario():
 @pytest.mark.parametrize(
     "alike",
     [
-        ("il_baseline", "ncm", "slda", "bic"),
+        ("il_baseline", "ncm", "slda"),
         ("lucir", "lucir_dde", "geodl", "tpcil_like"),
         ("podnet:balanced", "podnet_dde"),
     ],

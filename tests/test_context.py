@@ -96,11 +96,13 @@ def test_the_update_scale_is_the_phase_s(rows, moving):
     assert plain.update_scale["Conv_0"]["kernel"].item() == 1
 
 
-@pytest.mark.parametrize(("by_step", "factor"), [("constant", 1.0), ("1/step", 1 / 3)])
-def test_the_weight_decay_may_fall_with_the_step(by_step, factor):
-    found, _ = context(optim__weight_decay_by_step=by_step)
-    assert found.decay == np.float32(factor) and found.decay.dtype == np.float32
-    assert context(step=0, optim__weight_decay_by_step=by_step)[0].decay == 1
+@pytest.mark.parametrize(
+    ("by_step", "factors"), [("constant", (1, 1)), ("groups/step", (4, 4 / 3))]
+)
+def test_the_weight_decay_may_fall_with_the_step(by_step, factors):
+    for step, factor in zip((0, 2), factors, strict=True):
+        found, _ = context(step=step, optim__weight_decay_by_step=by_step)
+        assert found.decay == np.float32(factor) and found.decay.dtype == np.float32
 
 
 def test_the_log_prior_counts_the_images_of_the_phase():

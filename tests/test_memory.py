@@ -165,6 +165,28 @@ def test_herding_does_not_see_scale() -> None:
     )
 
 
+def greedy_herding(features: np.ndarray, m: int) -> list[int]:
+    """BiC's loop in NumPy float64: the mean of those chosen nearest to the class's."""
+    chosen: list[int] = []
+    for k in range(1, m + 1):
+        means = (features[chosen].sum(axis=0) + features) / k
+        distances = np.linalg.norm(features.mean(axis=0) - means, axis=1)
+        distances[chosen] = np.inf
+        chosen.append(int(distances.argmin()))
+    return chosen
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_herding_of_features_as_they_are(seed: int, x64: None) -> None:
+    lengths = np.random.default_rng(seed).uniform(0.1, 10, size=(30, 1))
+    features = features_of(seed) * lengths
+    padded = np.concatenate([features, np.full((5, 7), 100.0)])
+    chosen = memory.herd_padded(jnp.asarray(padded), np.arange(35) < 30, 40, False)
+    assert list(chosen[:30]) == greedy_herding(features, 30)
+    assert (chosen[30:] == -1).all()
+    assert list(memory.herd(features, 30)) != list(chosen[:30])
+
+
 def test_herding_dtypes() -> None:
     """Half precision is computed in float32; herding can be traced."""
     features = features_of(6).astype(np.float16)

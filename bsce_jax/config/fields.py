@@ -162,6 +162,9 @@ PHASE = {
     "epochs": Field(
         0, "Passes over its images; 0: the phase does not exist.", least=0, most=100_000
     ),
+    "batch_size": Field(
+        0, "Images of a batch; 0 = optim.batch_size.", least=0, most=2**17
+    ),
     "learning_rate": Field(0.1, "In the first epoch.", least=0, most=1e4),
     "schedule": Field(
         "step",
@@ -185,9 +188,9 @@ PHASE = {
     ),
     "replay": Field(
         0,
-        "Exemplars in each batch of an incremental step, beside optim.batch_size new "
-        "images (SS-IL); an epoch is then a pass over the new images. 0: exemplars are "
-        "images like the others.",
+        "SS-IL: exemplars in each batch of an incremental step, beside batch_size new "
+        "images; an epoch is then a pass over the new images. 0: exemplars are images "
+        "like the others.",
         least=0,
         most=2**17,
     ),

@@ -151,6 +151,13 @@ MEMORY = {
         "first: the first images of each class (SS-IL).",
         choices=("herding", "herding_raw", "random", "first"),
     ),
+    "held_out": Field(
+        "anew",
+        "The held-out images, of Meta's alpha or of a phase. anew: drawn in each step "
+        "from its training set; once: of each class the same from the start, which "
+        "nothing else ever learns from (BiC). They count as exemplars.",
+        choices=("anew", "once"),
+    ),
 }
 
 MODEL = {
@@ -232,9 +239,9 @@ OPTIM = {
     ),
     "weight_decay_by_step": Field(
         "constant",
-        "1/step: the weight decay is divided by the number of the step, counted from 1 "
-        "(BiC).",
-        choices=("constant", "1/step"),
+        "groups/step: the weight decay is multiplied by the number of all steps and "
+        "divided by that of the step, counted from 1 (BiC on ImageNet).",
+        choices=("constant", "groups/step"),
         base=True,
     ),
     "decayed": Field(

@@ -59,9 +59,11 @@ def initial(sizes: Sizes, halves: bool, **options: Any) -> Own:
 
 
 def start(step: Step) -> Network:
-    """The pixels in training become those of the exemplars."""
+    """The pixels in training become those of the exemplars that memory still keeps."""
     assert step.images is not None
     extra = {name: np.array(value) for name, value in step.network.extra.items()}
+    for position, kept in enumerate(step.exemplars):
+        extra["places"][position, len(kept) :] = -1
     for position in range(step.num_old, step.num_seen):
         chosen = step.exemplars[position]
         extra["places"][position, : len(chosen)] = chosen

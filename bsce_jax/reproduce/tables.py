@@ -262,19 +262,19 @@ def _job(config: ConfigDict, name: str, flags: tuple[str, ...], known: _Known) -
     key = config_hash(config)
     if key not in known.jobs:
         data = known.load(config)
-        updates = [
-            (planned.step, make_training(config, planned).updates)
-            for planned in phases.planned(config, data)
-        ]
+        trainings = [make_training(config, p) for p in phases.planned(config, data)]
+        updates = [(training.data.step, training.updates) for training in trainings]
+        images = sum(training.updates * training.batch_size for training in trainings)
+        total = sum(number for _, number in updates)
         known.jobs[key] = Job(
             name=name,
             seed=config.seed,
             flags=flags,
             config_hash=key,
             base_hash=base_hash(config, data),
-            updates=sum(number for _, number in updates),
+            updates=total,
             base_updates=sum(number for step, number in updates if step == 0),
-            pixels=config.optim.batch_size * math.prod(data.image_shape[:2]),
+            pixels=round(images / total) * math.prod(data.image_shape[:2]),
             config=flatten(config),
         )
     return known.jobs[key]

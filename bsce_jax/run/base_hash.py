@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from bsce_jax.config import terms
 from bsce_jax.config.hashes import base_fields, digest, flatten
-from bsce_jax.run.dataset import Dataset
+from bsce_jax.run.dataset import Dataset, held_out_once
 from bsce_jax.run.phases import configured
 
 
@@ -32,6 +32,10 @@ def base_hash(config: ConfigDict, dataset: Dataset) -> str:
         for phase in configured(config)
         if phase.steps == "base"
     ]
+    if never := held_out_once(config, dataset).shape[1]:
+        part["held_out"] = never
+    if config.optim.weight_decay_by_step == "groups/step":
+        part["groups"] = len(dataset.groups)
     if config.prior != "none" and not equal:
         part["counts"] = [int(n) for n in counts]
     return digest(part)

@@ -44,13 +44,14 @@ def phase_context(
         weights=weights,
         update_scale=optim.update_scale(network.params, phase.rate, rows),
         teacher=None,
-        decay=np.float32(_decay(config, data.step)),
+        decay=np.float32(_decay(config, len(dataset.groups), data.step)),
     )
 
 
-def _decay(config: ConfigDict, step: int) -> float:
-    """Factor of the weight decay in a step."""
-    return 1.0 / (step + 1) if config.optim.weight_decay_by_step == "1/step" else 1.0
+def _decay(config: ConfigDict, steps: int, step: int) -> float:
+    """Factor of the weight decay in a step, of as many."""
+    falls = config.optim.weight_decay_by_step == "groups/step"
+    return steps / (step + 1) if falls else 1.0
 
 
 def has_teacher(data: StepData) -> bool:

@@ -303,9 +303,13 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
         )
     images = dataset.images_per_class
     field = "per_class" if config.memory.kind == "growing" else "budget"
+    with _named("memory"):
+        for group in dataset.groups:
+            memory_per_class(config, group.stop)
+    most = most_held_out(config, dataset)
+    reserved = most if held_once(config) else 0
     for group in dataset.groups:
-        with _named("memory"):
-            size = exemplars_per_class(config, group.stop)
+        size = exemplars_per_class(config, group.stop) + reserved
         few = np.flatnonzero(images[: group.stop] < size)
         if len(few):
             raise field_error(
@@ -314,11 +318,6 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
                 f"no more than the training images: {size} exemplars a class, but "
                 f"class {dataset.class_names[few[0]]!r} has {images[few[0]]}",
             )
-    if holds_out(config):
-        for group in dataset.groups[:-1]:
-            if size := exemplars_per_class(config, group.stop):
-                with _named("meta"):
-                    priors.held_out_per_class(config, size)
 
 
 def holds_out(config: ConfigDict) -> bool:
@@ -328,7 +327,58 @@ def holds_out(config: ConfigDict) -> bool:
     )
 
 
-def exemplars_per_class(config: ConfigDict, num_seen: int) -> int:
-    """Exemplars of each class kept after a step with `num_seen` classes seen."""
+def memory_per_class(config: ConfigDict, num_seen: int) -> int:
+    """Images of each class that memory keeps once `num_seen` classes are learned."""
     m = config.memory
     return memory.quota(m.kind, m.per_class, m.budget, num_seen)
+
+
+def held_out_per_class(config: ConfigDict, num_old: int) -> int:
+    """Images of each class held out in a step that begins with `num_old` classes.
+
+    Raises:
+      UserError: too few exemplars for one of them to be held out.
+    """
+    size = memory_per_class(config, num_old)
+    if not (size and holds_out(config)):
+        return 0
+    with _named("meta"):
+        return priors.held_out_per_class(config, size)
+
+
+def exemplars_per_class(config: ConfigDict, num_seen: int) -> int:
+    """Exemplars of each class that are chosen for a memory of `num_seen` classes.
+
+    All that it keeps but those held out once and for all, which count as exemplars.
+    """
+    size = memory_per_class(config, num_seen)
+    return size - held_out_per_class(config, num_seen) if held_once(config) else size
+
+
+def held_once(config: ConfigDict) -> bool:
+    """Whether images are held out once and for all, and not anew in every step."""
+    return config.memory.held_out == "once" and holds_out(config)
+
+
+def most_held_out(config: ConfigDict, dataset: Dataset) -> int:
+    """The most images of a class that a step holds out.
+
+    Raises:
+      UserError: too few exemplars for one of them to be held out.
+    """
+    steps = [held_out_per_class(config, group.stop) for group in dataset.groups[:-1]]
+    return max(steps, default=0)
+
+
+def held_out_once(config: ConfigDict, dataset: Dataset) -> np.ndarray:
+    """Training images that no phase but one on held-out images learns from.
+
+    Returns:
+      int32 [C, R]: of each class the R that the step which holds out the most does, as
+      BiC's code has it; a step takes the first of them. R is 0 where they are drawn
+      anew in each step.
+    """
+    most = most_held_out(config, dataset) if held_once(config) else 0
+    if not most:
+        return np.zeros((dataset.num_classes, 0), np.int32)
+    return memory.reserved(dataset.train_labels, dataset.num_classes, most, config.seed)

@@ -55,9 +55,12 @@ def describe(config: ConfigDict, workdir: epath.Path) -> str:
         )
     seconds, memory = _measure(run, progress, trainings[0])
     updates = sum(training.updates for training in trainings)
+    images = sum(training.updates * training.batch_size for training in trainings)
+    sizes = dict.fromkeys(str(training.batch_size) for training in trainings)
+    hours = images / trainings[0].batch_size * seconds / 3600
     lines.append(
-        f"{updates} updates of {config.optim.batch_size} images at "
-        f"{1000 * seconds:.1f} ms: about {updates * seconds / 3600:.2f} h of training "
+        f"{updates} updates of {' or '.join(sizes)} images, those of the base step at "
+        f"{1000 * seconds:.1f} ms: about {hours:.2f} h of training "
         f"on {run.devices.num_devices} {run.devices.platform} "
         f"device(s); device memory {memory}"
     )

@@ -11,7 +11,7 @@ from bsce_jax.compute.state import Network
 from bsce_jax.run import evaluate
 from bsce_jax.run.dataset import exemplars_per_class
 from bsce_jax.run.feed import create
-from bsce_jax.run.phases import training_set
+from bsce_jax.run.phases import new_images, training_set
 from bsce_jax.run.progress import Progress
 from bsce_jax.run.setup import Run
 
@@ -73,7 +73,8 @@ def enter(run: Run, progress: Progress, name: str) -> Network:
     """The network with which a phase begins whose `begin` is the function `name`."""
     step = progress.step
     function = getattr(methods.module(run.config.method), name)
-    return function(_shown(run, progress, step, _all_new(run, step), _ENTER))
+    new = new_images(run.config, run.dataset, step)
+    return function(_shown(run, progress, step, new, _ENTER))
 
 
 def replace_images(run: Run, progress: Progress) -> None:
@@ -102,19 +103,14 @@ def finish(run: Run, progress: Progress) -> Network:
     if hook is None:
         return progress.state.network
     step = progress.step
-    return hook(_shown(run, progress, step, _all_new(run, step), _FINISH))
-
-
-def _all_new(run: Run, step: int) -> list[np.ndarray]:
-    """All training images of each new class of a step."""
-    labels = run.dataset.train_labels
-    return [np.flatnonzero(labels == position) for position in run.dataset.groups[step]]
+    new = new_images(run.config, run.dataset, step)
+    return hook(_shown(run, progress, step, new, _FINISH))
 
 
 def select_exemplars(run: Run, progress: Progress) -> None:
     """Ranks exemplars of the step's new classes; old rankings are never touched."""
     group = run.dataset.groups[progress.step]
-    new = _all_new(run, progress.step)
+    new = new_images(run.config, run.dataset, progress.step)
     count = exemplars_per_class(run.config, group.stop)
     if count == 0:
         chosen = [indices[:0] for indices in new]

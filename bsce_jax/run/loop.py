@@ -147,7 +147,7 @@ def make_training(config: ConfigDict, data: StepData) -> Training:
     return Training(
         data=data,
         seed=config.seed,
-        batch_size=config.optim.batch_size,
+        batch_size=data.phase.batch_size,
         alpha_every=config.meta.every if len(data.held_out) else 0,
         held_out_batch_size=config.meta.batch_size,
     )

@@ -14,7 +14,12 @@ from bsce_jax import memory
 from bsce_jax.compute import optim
 from bsce_jax.config import priors
 from bsce_jax.data import sampling
-from bsce_jax.run.dataset import Dataset, exemplars_per_class, holds_out
+from bsce_jax.run.dataset import (
+    Dataset,
+    exemplars_per_class,
+    held_out_once,
+    held_out_per_class,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +31,7 @@ class Phase:
       steps: "base" or "later".
       images: "training", "held_out" or "exemplars".
       epochs: passes over its images, at least 1.
+      batch_size: images of the global batch.
       first_epoch: epochs of the phases before it, which random numbers go on from.
       rates: the learning rate of each epoch, before `by_step`.
       by_step: "constant" or "1/step".
@@ -44,6 +50,7 @@ class Phase:
     steps: str
     images: str
     epochs: int
+    batch_size: int
     first_epoch: int
     rates: tuple[float, ...]
     by_step: str
@@ -76,6 +83,7 @@ def configured(config: ConfigDict) -> tuple[Phase, ...]:
             Phase(
                 name=name,
                 epochs=epochs,
+                batch_size=section.batch_size or config.optim.batch_size,
                 first_epoch=before,
                 rates=_rates(config, section, epochs),
                 rate=section.rate.to_dict(),
@@ -185,6 +193,25 @@ class TrainingSet:
     exemplars: int
 
 
+def new_images(config: ConfigDict, dataset: Dataset, step: int) -> list[np.ndarray]:
+    """Indices of the training images of each new class of a step, in their order.
+
+    Without those that are held out once and for all.
+    """
+    labels = _trainable_labels(config, dataset)
+    return [np.flatnonzero(labels == position) for position in dataset.groups[step]]
+
+
+def _trainable_labels(config: ConfigDict, dataset: Dataset) -> np.ndarray:
+    """The labels of the training images, -1 for those held out once and for all."""
+    never = held_out_once(config, dataset)
+    if not never.size:
+        return dataset.train_labels
+    labels = dataset.train_labels.copy()
+    labels[never] = -1
+    return labels
+
+
 def training_set(
     config: ConfigDict, dataset: Dataset, ranking: np.ndarray, step: int
 ) -> TrainingSet:
@@ -196,17 +223,21 @@ def training_set(
       ranking: int32 [C, M], the old classes' exemplars in order of choice.
       step: 0 is the base step.
     """
-    group, labels = dataset.groups[step], dataset.train_labels
+    group, labels = dataset.groups[step], _trainable_labels(config, dataset)
     new = np.flatnonzero((labels >= group.start) & (labels < group.stop))
     size = exemplars_per_class(config, group.start) if step else 0
+    held = held_out_per_class(config, group.start) if step else 0
     stored, _ = memory.exemplars(ranking, group.start, size)
     train = np.concatenate([new.astype(np.int32), stored.astype(np.int32)])
-    held_out = _none()
-    if step and size and holds_out(config):
-        held = priors.held_out_per_class(config, size)
-        rng = np.random.default_rng([config.seed, step, _HELD_OUT])
-        train, held_out = memory.balanced_split(train, labels[train], held, rng)
-    return TrainingSet(train, held_out, len(stored))
+    if not held:
+        return TrainingSet(train, _none(), len(stored))
+    if config.memory.held_out == "once":
+        held_out = held_out_once(config, dataset)[: group.stop, :held]
+        exemplars = len(stored) + held_out[: group.start].size
+        return TrainingSet(train, held_out.ravel(), exemplars)
+    rng = np.random.default_rng([config.seed, step, _HELD_OUT])
+    train, drawn = memory.balanced_split(train, labels[train], held, rng)
+    return TrainingSet(train, drawn, len(stored))
 
 
 def step_data(
@@ -271,10 +302,11 @@ def empty_ranking(config: ConfigDict, dataset: Dataset) -> np.ndarray:
 def planned(config: ConfigDict, dataset: Dataset) -> list[StepData]:
     """Every phase's data, with stand-ins for exemplars that are not chosen yet."""
     ranking = empty_ranking(config, dataset)
-    for position in range(dataset.num_classes):
-        images = np.flatnonzero(dataset.train_labels == position)
-        chosen = images[: ranking.shape[1]]
-        ranking[position, : len(chosen)] = chosen
+    for step, group in enumerate(dataset.groups):
+        new = new_images(config, dataset, step)
+        for position, images in zip(group, new, strict=True):
+            chosen = images[: ranking.shape[1]]
+            ranking[position, : len(chosen)] = chosen
     phases = configured(config)
     return [
         step_data(config, dataset, ranking, step, phase)

@@ -1,8 +1,8 @@
 """BiC (Wu et al. 2019): a scale and a shift of the newest logits, learned last.
 
 Sources: the authors' code for ImageNet, the paper for CIFAR-100. Distillation has no
-T^2, so that its factor is 1 / T^2; the balanced split that the last phase learns from
-is a tenth of each class's exemplars, as Meta's.
+T^2, so that its factor is 1 / T^2. The last phase learns from a tenth of each class's
+exemplars, which no phase ever trains on, the base step's neither.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
       dataset: "cifar100", "imagenet_subset", "imagenet" or "digits".
     """
     config.method = "bic"
-    config.memory.selection = "herding_raw"
+    config.memory.selection, config.memory.held_out = "herding_raw", "once"
     config.terms = ConfigDict(
         {
             "softmax_ce": {"weight": "1-rho", "rescale": False},
@@ -40,10 +40,8 @@ def configure(config: ConfigDict, dataset: str) -> None:
         config.model.name = "resnet18"
         base.epochs = later.epochs = 100
         base.milestones = later.milestones = (30, 60, 80, 90)
-        scenario = config.scenario
-        groups = scenario.steps + (scenario.base_classes > 0)
-        optim.batch_size, optim.weight_decay = 256, 1e-4 * groups
-        optim.weight_decay_by_step = "1/step"
+        optim.batch_size, optim.weight_decay = 256, 1e-4
+        optim.weight_decay_by_step = "groups/step"
     elif dataset == "digits":
         # Ours: the paper has no such data set.
         config.model.name, config.model.width = "resnet8", 16

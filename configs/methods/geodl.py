@@ -1,7 +1,7 @@
 """GeoDL (Simon et al. 2021) on LUCIR: a geodesic term in less-forget's place.
 
 Source: the authors' code. Their README's factor is 10 (ImageNet-Subset, 10 steps); that
-of CIFAR-100, 5, is LUCIR's. There is no margin ranking.
+of CIFAR-100, 5, is LUCIR's. There is no margin ranking and no fine-tuning.
 """
 
 from ml_collections import ConfigDict
@@ -18,6 +18,8 @@ def configure(config: ConfigDict, dataset: str) -> None:
     """
     method_module(__file__, "lucir").configure(config, dataset)
     config.method = "geodl"
+    config.phases = ("base", "incremental")
+    del config.phase.finetune
     factor = config.terms.less_forget.factor
     config.terms = ConfigDict(
         {

@@ -34,7 +34,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
     elif dataset in ("imagenet_subset", "imagenet"):
         config.model.name = "resnet18"
         base.epochs, base.milestones = 90, (30, 60)
-        optim.batch_size, optim.weight_decay = 64, 1e-4
+        optim.batch_size, later.batch_size, optim.weight_decay = 128, 64, 1e-4
     elif dataset == "digits":
         # Ours: the paper has no such data set.
         config.model.name, config.model.width = "resnet8", 16
