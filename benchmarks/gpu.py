@@ -57,12 +57,16 @@ LEFT = 3  # exit status of a task that has saved and has more to do
 
 
 class Task(NamedTuple):
-    """A process that leaves a JSON file `result` if it succeeds."""
+    """A process that leaves a JSON file `result` if it succeeds.
+
+    `platforms` takes the place of JAX_PLATFORMS, "": does not.
+    """
 
     name: str
     stage: str
     command: list[str]
     result: pathlib.Path
+    platforms: str = ""
 
 
 def tasks(options: argparse.Namespace, deadline: float) -> Iterator[Task]:
@@ -131,7 +135,9 @@ def runs_task(options: argparse.Namespace, deadline: float) -> Task:
     if options.dtype != "float32":  # a field that is set is a change of the protocol
         fields["model.dtype"] = options.dtype
     command += [f"--config.{name}={value}" for name, value in fields.items() if value]
-    return Task("runs", "runs", command, output / "manifest.json")
+    # JAX passes over cuda silently where cpu is named too.
+    platforms = "" if options.reduced else "cuda"
+    return Task("runs", "runs", command, output / "manifest.json", platforms)
 
 
 def execute(
@@ -153,7 +159,11 @@ def execute(
         process = subprocess.Popen(
             task.command,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+                "JAX_PLATFORMS": task.platforms or os.environ.get("JAX_PLATFORMS", ""),
+            },
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -315,8 +325,8 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Runs the chosen stages; returns the exit status."""
     options = parse()
-    # Without a GPU a task fails, and does not take hours on the CPU; "cpu" is for XLA's
-    # counts of FLOPs (cost.py).
+    # "cpu" is for XLA's counts of FLOPs (cost.py). Without a GPU a task fails, and does
+    # not take hours on the CPU: see meta_gradient.parse_reducible.
     platforms = "cpu" if options.reduced else "cuda,cpu"
     os.environ.setdefault("JAX_PLATFORMS", platforms)
     if options.data_dir:

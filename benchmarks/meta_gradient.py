@@ -24,6 +24,7 @@ training uses there (see bsce_jax/models/convolution.py).
 import argparse
 import functools
 import json
+import os
 import shlex
 import sys
 import time
@@ -252,7 +253,14 @@ def measure(options: argparse.Namespace, conv_chunks: int) -> dict[str, Any]:
 def parse_reducible(
     parser: argparse.ArgumentParser, reduced: Mapping[str, Any]
 ) -> argparse.Namespace:
-    """Reads the flags; with --reduced the given defaults take the place of others."""
+    """Reads the flags; with --reduced the given defaults take the place of others.
+
+    Ends the process where JAX_PLATFORMS names a GPU first and there is none: JAX takes
+    the next one then and says nothing.
+    """
+    first = os.environ.get("JAX_PLATFORMS", "").partition(",")[0]
+    if first == "cuda" and jax.default_backend() != "gpu":
+        parser.exit(1, f"error: JAX_PLATFORMS={first},...: there is no GPU\n")
     if parser.parse_args().reduced:
         parser.set_defaults(**reduced)
     return parser.parse_args()

@@ -12,7 +12,7 @@ from bsce_jax.compute import graphs, parallel
 from bsce_jax.config.fields import RUN
 from bsce_jax.errors import UserError
 
-GPU = types.SimpleNamespace(platform="gpu", num_processes=1)
+GPU = types.SimpleNamespace(platform="gpu", mode="jit", num_processes=1)
 MS = {"default": 4.0, "convolutions": 3.0, "whole": 2.0, "concurrent": 1.0}
 
 
@@ -141,10 +141,35 @@ def test_this_xla_knows_the_options():
             lowered.compile(compiler_options=wrong)
 
 
-@pytest.mark.parametrize("kind", RUN["gpu_graphs"].choices)
-def test_nothing_changes_without_a_gpu(kind):
+@pytest.mark.parametrize(
+    ("devices", "lacking"),
+    [
+        (parallel.create("jit"), "on a cpu"),
+        (
+            types.SimpleNamespace(platform="gpu", mode="pmap", num_processes=2),
+            "with pmap on several hosts",
+        ),
+    ],
+)
+def test_nothing_changes_where_there_are_no_graphs_to_choose(devices, lacking):
     jitted = jax.jit(lambda x: x)
-    assert graphs.Graphs(kind, parallel.create("jit")).compiled(jitted) is jitted
+    for kind in ("auto", "default"):
+        assert graphs.Graphs(kind, devices).compiled(jitted) is jitted
+    for kind in set(graphs.OPTIONS) - {"default"}:
+        wanted = f"config.gpu_graphs='{kind}': expected auto or default {lacking}"
+        with pytest.raises(UserError) as caught:
+            graphs.Graphs(kind, devices)
+        assert str(caught.value) == wanted
+
+
+def test_a_program_says_whether_it_was_compiled_before_its_call(clock):
+    arguments = lambda: (jnp.zeros(()), jnp.ones(()))  # noqa: E731
+    for kind, known in (("auto", False), ("whole", True)):
+        chosen = graphs.Graphs(kind, GPU)
+        update = chosen.compiled(Jitted(clock))
+        assert update.compile(arguments()) is known
+        update(*arguments())  # donates them
+        assert update.compile(arguments()) is True
 
 
 def test_the_configuration_has_every_kind():

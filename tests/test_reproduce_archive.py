@@ -1,10 +1,12 @@
 """What one machine leaves another: packed at once, unpacked safely, never backwards."""
 
+import errno
 import io
 import json
 import os
 import pathlib
 import tarfile
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -94,6 +96,84 @@ def test_only_what_has_changed_is_written_again(tmp_path):
     run(tmp_path, "a0", steps=3)
     export.write()
     assert names(files[0]) == [] and names(files[1]) == ["runs/a0/results.json"]
+
+
+def test_a_run_that_ends_is_not_one_that_goes_on(tmp_path):
+    """Whether the folder is the same process's or an earlier one's."""
+    here, out, there = (tmp_path / name for name in ("here", "out", "there"))
+    run(here, "a0", steps=2, checkpoint=2)
+    archive.Export(out, here, compiled(here / "programs")).write()
+    old = (out / archive.GOING).read_bytes()
+    run(here, "a0", steps=3)
+    archive.Export(out, here, compiled(here / "programs")).write()
+    assert names(out / archive.GOING) == []
+    there.mkdir()
+    # Killed between the two files, it leaves the run in both.
+    (out / archive.GOING).write_bytes(old)
+    archive.take_over(out, there, compiled(there / "programs"))
+    taken = json.loads((there / "runs/a0/results.json").read_text())
+    assert taken["status"] == "done"
+
+
+def test_one_file_that_cannot_be_written_keeps_no_other(tmp_path, monkeypatch):
+    here, out = tmp_path / "here", tmp_path / "out"
+    run(here, "a0", steps=3)
+    run(here, "a1", steps=2, checkpoint=2)
+    pack = archive.pack
+
+    def vanished(members, compress):
+        if not compress:
+            raise FileNotFoundError("pruned meanwhile")
+        return pack(members, compress)
+
+    monkeypatch.setattr(archive, "pack", vanished)
+    export = archive.Export(out, here, archive.Compiled(None))
+    with pytest.raises(UserError, match="going.tar: pruned meanwhile"):
+        export.write()
+    assert names(out / archive.RESULTS) == ["runs/a0/results.json"]
+    monkeypatch.setattr(archive, "pack", pack)
+    export.write()
+    assert "runs/a1/results.json" in names(out / archive.GOING)
+
+
+def test_compiled_programs_may_be_kept_on_another_disk(tmp_path, monkeypatch, caplog):
+    new, kept = tmp_path / "new", tmp_path / "kept"
+    (new / "autotune").mkdir(parents=True)
+    (new / "jit_a-cache").write_text("a")
+    replace = os.replace
+
+    def within_a_disk(source, target):
+        if pathlib.Path(source).parent != pathlib.Path(target).parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        replace(source, target)
+
+    monkeypatch.setattr(archive.os, "replace", within_a_disk)
+    programs = compiled(kept)
+    programs.take(new.iterdir())
+    assert [path.name for path in kept.iterdir()] == ["jit_a-cache"]
+    assert [path.name for path in programs.own()] == ["jit_a-cache"]
+    monkeypatch.setattr(
+        archive.shutil, "copyfile", mock.Mock(side_effect=OSError("no"))
+    )
+    programs.take(new.iterdir())  # they save time, nothing else
+    assert "compiled programs are not taken over: no" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["../../../out", "\0", "a/b", ".."])
+def test_no_base_step_has_a_name_that_leads_elsewhere(tmp_path, key):
+    folder = run(tmp_path, "a0", steps=2, checkpoint=2)
+    written = json.loads((folder / "results.json").read_text()) | {"base_hash": key}
+    (folder / "results.json").write_text(json.dumps(written))
+    assert bases.BaseSteps(tmp_path).scan() == {}
+
+
+def test_a_base_step_that_cannot_be_kept_does_not_keep_the_others(tmp_path):
+    run(tmp_path, "a0", steps=2)
+    run(tmp_path, "b0", steps=2, checkpoint=2)
+    found = {"keya": "runs/a0", "keyb": "runs/b0"}
+    with pytest.raises(UserError, match="keya: .*no checkpoint of the end of step 0"):
+        bases.keep_networks(tmp_path, found, [])
+    assert [path.name for path in (tmp_path / "bases").iterdir()] == ["keyb"]
 
 
 def test_the_optimiser_goes_with_a_base_step_where_a_job_goes_on_with_it(tmp_path):

@@ -19,6 +19,7 @@ from bsce_jax.hosts.workdir import lock
 from bsce_jax.report import results
 from bsce_jax.reproduce import __main__ as command
 from bsce_jax.reproduce import archive, in_process, tables
+from bsce_jax.reproduce.process import absolute_folders
 from bsce_jax.reproduce.tables import Job
 from bsce_jax.run.loop import StopRequested
 from tests import example_jobs, runs
@@ -37,8 +38,8 @@ def rows(tmp_path, monkeypatch):
     begun: list[str] = []
     behaviours: dict[str, object] = {}
     (tmp_path / "runs").mkdir()
-    compiled: concurrent.futures.Future[None] = concurrent.futures.Future()
-    compiled.set_result(None)
+    compiled: concurrent.futures.Future[bool] = concurrent.futures.Future()
+    compiled.set_result(True)
     shared = mock.Mock(compile_ahead=mock.Mock(return_value=compiled))
 
     def carry_out(prepared, stop, after_step):
@@ -135,6 +136,16 @@ def test_no_row_begins_that_cannot_reach_a_checkpoint(rows):
     assert rows.begun == ["a0", "b0"]
 
 
+def test_a_row_whose_programs_could_not_be_compiled_ahead_needs_longer(rows):
+    made, _, _ = rows(job("a0", "a"))
+    for compiled, begins in ((True, True), (False, False)):
+        found: concurrent.futures.Future[bool] = concurrent.futures.Future()
+        made._ahead["a0"] = found
+        assert not made._has_time(job("a0", "a"), time.monotonic() + 30)
+        found.set_result(compiled)
+        assert made._has_time(job("a0", "a"), time.monotonic() + 30) is begins
+
+
 def test_a_run_of_another_process_is_left_to_it(rows, tmp_path):
     made, shown, _ = rows(job("a0", "a"), job("b0", "b"))
     (tmp_path / "runs" / "a0").mkdir()
@@ -144,13 +155,31 @@ def test_a_run_of_another_process_is_left_to_it(rows, tmp_path):
     assert "a0: runs in another process" in shown
 
 
-def test_an_export_that_fails_does_not_stop_the_runs(rows):
-    export = mock.Mock(write=mock.Mock(side_effect=UserError("the disk is full")))
+@pytest.mark.parametrize("error", [UserError("the disk is full"), OSError("of disk")])
+@pytest.mark.parametrize("part", ["networks", "files"])
+def test_an_export_that_fails_does_not_stop_the_runs(rows, error, part):
+    networks = mock.Mock(side_effect=error if part == "networks" else None)
+    export = mock.Mock()
+    export.write.side_effect = error if part == "files" else None
     made, shown, _ = rows(job("a0", "a"), export=export)
-    with mock.patch.object(in_process, "keep_networks"):
+    with mock.patch.object(in_process, "keep_networks", networks):
         made.work(FOREVER, StopSignal())
     assert made.states == {"a0": "done"}
-    assert "not exported: the disk is full" in shown
+    assert f"not exported: {error}" in shown
+    assert networks.call_count == export.write.call_count == 2  # each does its part
+
+
+def test_folders_of_the_environment_are_those_of_where_it_began(monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("TFDS_DATA_DIR", "data")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/cache")
+    assert absolute_folders() == {
+        "TFDS_DATA_DIR": str(tmp_path / "here" / "data"),
+        "JAX_COMPILATION_CACHE_DIR": "gs://bucket/cache",
+    }
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    assert absolute_folders().keys() == {"JAX_COMPILATION_CACHE_DIR"}
 
 
 def test_what_holds_for_a_process_must_agree(tmp_path):

@@ -191,6 +191,15 @@ def test_cells_of_earlier_commands_stay_in_the_manifest(tmp_path):
     assert found == {"d": "to do", "a": "to do"}
 
 
+@pytest.mark.parametrize("damage", [{"runs": None}, {"runs": [{}]}, {"runs": "no"}])
+def test_a_broken_manifest_gives_way_to_a_new_one(tmp_path, damage):
+    listed(tmp_path, "a", a="done")
+    written = json.loads((tmp_path / manifest.NAME).read_text())
+    written["cells"][0] |= damage
+    (tmp_path / manifest.NAME).write_text(json.dumps(written))
+    assert listed(tmp_path, "c", c="done") == {"c": "done"}
+
+
 def test_many_processes_may_write_one_manifest(tmp_path, monkeypatch):
     """Here one that only replaces it, which is sooner ready, beside this one."""
     replace, ways = results.replace, []

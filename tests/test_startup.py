@@ -103,6 +103,19 @@ def test_compiled_programs_are_the_users_own(settings, tmp_path, monkeypatch):
     assert settings[FOLDER] == str(tmp_path / ".cache" / "bsce_jax")
 
 
+def test_the_choice_of_kernels_stays_with_a_deterministic_run(
+    settings, tmp_path, monkeypatch
+):
+    """And not in the cache, whose folder XLA would be told instead."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config, caches = default_config(), "jax_persistent_cache_enable_xla_caches"
+    jax_settings.keep_compiled(config, alone=True)
+    assert caches not in settings
+    config.deterministic = True
+    jax_settings.keep_compiled(config, alone=True)
+    assert settings[caches] == ""
+
+
 def test_a_folder_that_is_named_stays_and_several_processes_need_one(
     settings, tmp_path, monkeypatch
 ):

@@ -48,14 +48,26 @@ class Graphs:
     """
 
     def __init__(self, kind: str, devices: parallel.Parallel) -> None:
-        """Takes one of OPTIONS or AUTO; other devices than GPUs have no graphs.
+        """Takes one of OPTIONS or AUTO.
+
+        Other devices than GPUs have no graphs, and pmap on several hosts has XLA's own:
+        its programs cannot be compiled before they are called.
 
         Raises:
-          UserError: an unknown kind.
+          UserError: an unknown kind, or one that these devices do not have.
         """
         if kind not in (known := (AUTO, *OPTIONS)):
             raise UserError(f"gpu_graphs={kind!r}: expected one of {', '.join(known)}")
-        self.kind = kind if devices.platform == "gpu" else "default"
+        lacking = ""
+        if devices.platform != "gpu":
+            lacking = f"on a {devices.platform}"
+        elif devices.mode == "pmap" and devices.num_processes > 1:
+            lacking = "with pmap on several hosts"
+        if lacking and kind not in (AUTO, "default"):
+            raise UserError(
+                f"config.gpu_graphs={kind!r}: expected auto or default {lacking}"
+            )
+        self.kind = "default" if lacking else kind
         self._devices = devices
         self._made: dict[Any, Update] = {}
 
@@ -136,13 +148,18 @@ class Update:
                 self._programs[key] = program
             return self._programs[key](state, *arguments)
 
-    def compile(self, shapes: tuple[PyTree, ...]) -> None:
-        """Compiles the function for arguments of such shapes, if the kind is known."""
+    def compile(self, shapes: tuple[PyTree, ...]) -> bool:
+        """Compiles the function for arguments of such shapes, if the kind is known.
+
+        Returns:
+          Whether it is compiled.
+        """
         key = _key(shapes)
         with self._lock:
             if key not in self._programs and self._graphs.kind != AUTO:
                 lowered = self._jitted.lower(*shapes)
                 self._programs[key] = _as_asked(lowered, self._graphs.kind)
+            return key in self._programs
 
 
 def _key(arguments: tuple[PyTree, ...]) -> Hashable:

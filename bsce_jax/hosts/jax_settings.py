@@ -54,8 +54,11 @@ def keep_compiled(config: ConfigDict, alone: bool) -> None:
             return
         jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if config.deterministic:  # or JAX keeps the choice of kernels there
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "")
     # A cache that cannot be written costs time, not results.
-    warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
+    writing = "Error writing persistent compilation cache.*"
+    warnings.filterwarnings("ignore", message=writing)
 
 
 def _users_cache() -> pathlib.Path:

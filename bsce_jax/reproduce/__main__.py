@@ -174,6 +174,7 @@ def _in_process(
 ) -> dict[str, str]:
     """Runs jobs in this process; returns their states."""
     compiled = archive.Compiled(in_process.configure(jobs, output))
+    _show(in_process.devices())
     if options.imported:
         folder = pathlib.Path(options.imported).expanduser().resolve()
         archive.take_over(folder, output, compiled)

@@ -1,8 +1,11 @@
 """What one machine leaves another to go on with: a few tar files in a folder."""
 
 import io
+import logging
+import lzma
 import os
 import pathlib
+import shutil
 import tarfile
 import tempfile
 import zlib
@@ -15,9 +18,12 @@ from bsce_jax.errors import UserError
 from bsce_jax.hosts.workdir import in_use
 from bsce_jax.report import results
 
+logger = logging.getLogger("bsce_jax")
+
 RESULTS, GOING = "results.tar.gz", "going.tar"
 BASES, COMPILED = "bases.tar", "compiled.tar"
-NAMES = (RESULTS, GOING, BASES, COMPILED)
+# In this order they are taken over: a run that has ended since is in both of the first.
+NAMES = (GOING, RESULTS, BASES, COMPILED)
 
 
 class Export:
@@ -50,11 +56,12 @@ class Export:
             raise UserError(f"--export={folder} cannot be made: {reason}") from None
 
     def write(self) -> None:
-        """Replaces what has changed.
+        """Replaces what has changed; one file that cannot be does not keep others.
 
         Raises:
           UserError: a file cannot be written, or a run cannot be read.
         """
+        problems = []
         done: dict[str, pathlib.Path] = {}
         going: dict[str, pathlib.Path] = {}
         for run in _folders(self._output / "runs"):
@@ -65,12 +72,23 @@ class Export:
                 going |= _members(self._output, run / results.FILE_NAME, newest)
         bases = _members(self._output, *_folders(self._output / "bases"))
         compiled = {f"compiled/{path.name}": path for path in self._compiled.own()}
-        for name, members in zip(NAMES, (done, going, bases, compiled), strict=True):
-            stamp = [(m, p.stat().st_mtime_ns) for m, p in sorted(members.items())]
-            if self._written.get(name, []) != stamp:
-                target = epath.Path(self._folder) / name
-                results.replace(target, pack(members, name.endswith(".gz")))
-                self._written[name] = stamp
+        for name, members in zip(NAMES, (going, done, bases, compiled), strict=True):
+            try:
+                self._replace(name, members)
+            except (UserError, OSError) as error:  # a run may prune its checkpoints
+                problems.append(f"{name}: {error}")
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def _replace(self, name: str, members: Mapping[str, pathlib.Path]) -> None:
+        """Replaces one file, if there is something to say or an older one there."""
+        stamp = [(m, p.stat().st_mtime_ns) for m, p in sorted(members.items())]
+        target = self._folder / name
+        if self._written.get(name) == stamp or not (stamp or target.exists()):
+            return
+        packed = pack(members, name.endswith(".gz"))
+        results.replace(epath.Path(target), packed)
+        self._written[name] = stamp
 
 
 class Compiled:
@@ -86,13 +104,19 @@ class Compiled:
         return [path for path in self._files() if path.name not in self._others]
 
     def take(self, files: Iterator[pathlib.Path]) -> None:
-        """Moves files there."""
+        """Copies files there; those that cannot be will be compiled again."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in files:
-            os.replace(path, self.folder / path.name)
-            self._others.discard(path.name)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in filter(_is_file, files):
+                # The folder may be on another disk than the files.
+                new = self.folder / f".{path.name}.{os.getpid()}.new"
+                shutil.copyfile(path, new)
+                os.replace(new, self.folder / path.name)
+                self._others.discard(path.name)
+        except OSError as error:
+            logger.warning("compiled programs are not taken over: %s", error)
 
     def _files(self) -> Iterator[pathlib.Path]:
         if self.folder is not None and self.folder.is_dir():
@@ -123,7 +147,9 @@ def unpack(file: pathlib.Path, folder: pathlib.Path) -> None:
                 if not member.isreg():
                     raise UserError(f"{file}: {member.name!r} is no regular file")
             tar.extractall(folder, filter="data")
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} cannot be unpacked: {error}") from None
+    except (zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{file} cannot be unpacked: {error}") from None
 
 
@@ -137,19 +163,27 @@ def take_over(folder: pathlib.Path, output: pathlib.Path, compiled: Compiled) ->
     found = [folder / name for name in NAMES if (folder / name).is_file()]
     if not found:
         raise UserError(f"--import={folder}: expected a folder that --export has made")
-    with tempfile.TemporaryDirectory(prefix=".import-", dir=output) as name:
-        new = pathlib.Path(name)
-        for file in found:
-            unpack(file, new)
-        for run in _folders(new / "runs"):
-            _take_run(run, output / "runs" / run.name)
-        for base in _folders(new / "bases"):
-            results.read(base)
-            if not (output / "bases" / base.name).exists():
-                (output / "bases").mkdir(exist_ok=True)
-                base.rename(output / "bases" / base.name)
-        if (new / "compiled").is_dir():
-            compiled.take(path for path in (new / "compiled").iterdir())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".import-", dir=output) as name:
+            for file in found:
+                unpack(file, pathlib.Path(name))
+            _take_all(pathlib.Path(name), output, compiled)
+    except OSError as error:
+        reason = f"cannot be taken over: {error}"
+        raise UserError(f"--import={folder} {reason}") from None
+
+
+def _take_all(new: pathlib.Path, output: pathlib.Path, compiled: Compiled) -> None:
+    """Takes over what was unpacked."""
+    for run in _folders(new / "runs"):
+        _take_run(run, output / "runs" / run.name)
+    for base in _folders(new / "bases"):
+        results.read(base)
+        if not (output / "bases" / base.name).exists():
+            (output / "bases").mkdir(exist_ok=True)
+            base.rename(output / "bases" / base.name)
+    if (new / "compiled").is_dir():
+        compiled.take(path for path in (new / "compiled").iterdir())
 
 
 def _take_run(new: pathlib.Path, old: pathlib.Path) -> None:

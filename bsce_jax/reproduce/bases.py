@@ -52,7 +52,9 @@ class BaseSteps:
             if self._known.get(name, ((0, 0), ""))[0] != stamp:
                 found = results.read(folder)
                 key = found["base_hash"] if found["steps"] else ""
-                self._known[name] = stamp, key
+                # It becomes the name of a folder, and anybody may have written it.
+                named = key.isascii() and key.isalnum()
+                self._known[name] = stamp, key if named else ""
         except (OSError, UserError):  # none, or not a run's
             return ""
         return self._known[name][1]
@@ -72,24 +74,37 @@ def keep_networks(
       jobs: that may start from them.
 
     Raises:
-      UserError: one cannot be read or written.
+      UserError: one cannot be read or written; the others are there.
     """
+    problems = []
     for key, folder in found.items():
         kept = output / FOLDER / key[:16]
         if folder.startswith(FOLDER) or kept.exists():
             continue
-        parts: tuple[str, ...] = ("state/network/",)
-        if any(job.base_hash == key and _goes_on(job) for job in jobs):
-            parts += ("state/opt_state/",)
-        checkpoints = epath.Path(output / folder / store.FOLDER)
-        number = finished_checkpoint(checkpoints, 0)
-        new = kept.with_name(f".{kept.name}.new")
-        shutil.rmtree(new, ignore_errors=True)
-        (new / store.FOLDER).mkdir(parents=True)
-        part.copy(checkpoints, number, new / store.FOLDER, parts)
-        meta = store.read_meta(checkpoints, number)
-        results.write(new, upgraded(meta["results"]))
-        new.rename(kept)
+        try:
+            _keep_network(output / folder, key, kept, jobs)
+        except (UserError, OSError) as error:
+            problems.append(f"{kept.name}: {error}")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _keep_network(
+    folder: pathlib.Path, key: str, kept: pathlib.Path, jobs: Sequence[Job]
+) -> None:
+    """Copies one network, with the optimiser's state where a job needs it."""
+    parts: tuple[str, ...] = ("state/network/",)
+    if any(job.base_hash == key and _goes_on(job) for job in jobs):
+        parts += ("state/opt_state/",)
+    checkpoints = epath.Path(folder / store.FOLDER)
+    number = finished_checkpoint(checkpoints, 0)
+    new = kept.with_name(f".{kept.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    (new / store.FOLDER).mkdir(parents=True)
+    part.copy(checkpoints, number, new / store.FOLDER, parts)
+    meta = store.read_meta(checkpoints, number)
+    results.write(new, upgraded(meta["results"]))
+    new.rename(kept)
 
 
 def _goes_on(job: Job) -> bool:

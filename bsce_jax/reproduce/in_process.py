@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import pathlib
 import signal
 import threading
@@ -23,7 +24,7 @@ from bsce_jax.hosts.workdir import in_use, lock, open_workdir
 from bsce_jax.report import results
 from bsce_jax.reproduce.archive import Export
 from bsce_jax.reproduce.bases import BaseSteps, keep_networks
-from bsce_jax.reproduce.process import workdir
+from bsce_jax.reproduce.process import absolute, absolute_folders, workdir
 from bsce_jax.reproduce.runner import state
 from bsce_jax.reproduce.tables import Job
 from bsce_jax.run.loop import StopRequested
@@ -56,8 +57,18 @@ def configure(jobs: Sequence[Job], output: pathlib.Path) -> pathlib.Path | None:
     jax_settings.configure_jax(config, epath.Path(output))
     jax_settings.keep_compiled(config, alone=True)
     jax_settings.require_devices()
+    os.environ.update(absolute_folders())  # runs are in the folder `output`
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    return pathlib.Path(folder) if folder else None
+    if not folder:
+        return None
+    jax.config.update("jax_compilation_cache_dir", absolute(folder))
+    return pathlib.Path(absolute(folder))
+
+
+def devices() -> str:
+    """What runs will be on, in a few words."""
+    found = jax.devices()
+    return f"on {len(found)} {found[0].platform} device(s), {found[0].device_kind}"
 
 
 def config_of(job: Job, base: str = "") -> ConfigDict:
@@ -94,7 +105,7 @@ class Rows:
         self._jobs, self._output, self._shared = jobs, output, shared
         self._show, self._changed, self._export = show, changed, export
         self._bases = BaseSteps(output)
-        self._ahead: dict[str, Future[None]] = {}
+        self._ahead: dict[str, Future[bool]] = {}
         self.states = {job.name: state(output, job) for job in jobs}
 
     def work(self, deadline: float, stop: StopSignal) -> None:
@@ -140,7 +151,8 @@ class Rows:
     def _has_time(self, job: Job, deadline: float) -> bool:
         """Whether a job would reach a checkpoint."""
         ahead = self._ahead.get(job.name)
-        needed = READY if ahead is not None and ahead.done() else COMPILING
+        compiled = ahead is not None and ahead.done() and ahead.result()
+        needed = READY if compiled else COMPILING
         return deadline - time.monotonic() >= needed
 
     def _run(self, job: Job, stop: StopSignal) -> None:
@@ -184,11 +196,14 @@ class Rows:
         """Brings the export up to date."""
         if self._export is None:
             return
-        try:
-            keep_networks(self._output, self._bases.scan(), self._jobs)
-            self._export.write()
-        except UserError as error:
-            self._show(f"not exported: {error}")  # the runs matter more
+        networks = lambda: keep_networks(  # noqa: E731
+            self._output, self._bases.scan(), self._jobs
+        )
+        for pack in (networks, self._export.write):
+            try:
+                pack()
+            except (UserError, OSError) as error:
+                self._show(f"not exported: {error}")  # the runs matter more
 
 
 @contextlib.contextmanager

@@ -88,6 +88,8 @@ def _cells_before(output: pathlib.Path, protocol: str) -> dict[tuple[str, ...], 
         if manifest["protocol"] != protocol:
             return {}
         cells = {(c["table"], c["row"], c["column"]): c for c in manifest["cells"]}
+        for run in _runs(cells.values()):
+            run["name"], run["workdir"], run["status"]  # all have them
         return {key: cell for key, cell in cells.items() if key in known}
     except (UserError, KeyError, TypeError):
         return {}  # none, or not a manifest: this one takes its place

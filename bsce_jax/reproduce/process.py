@@ -36,8 +36,7 @@ class Process:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
-        if folder := os.environ.get("TFDS_DATA_DIR"):
-            environment["TFDS_DATA_DIR"] = absolute(folder)
+        environment |= absolute_folders()
         with untrusted.open_own(self.log) as file:
             print(f"$ {shlex.join(map(str, command))}", file=file, flush=True)
             self._begin = file.tell()
@@ -92,6 +91,12 @@ def absolute(folder: str) -> str:
     if not folder or "://" in folder:
         return folder
     return str(pathlib.Path(folder).expanduser().resolve())
+
+
+def absolute_folders() -> dict[str, str]:
+    """The variables of the environment that name folders, as `absolute` ones."""
+    names = ("TFDS_DATA_DIR", "JAX_COMPILATION_CACHE_DIR")
+    return {n: absolute(os.environ[n]) for n in names if os.environ.get(n)}
 
 
 def workdir(name: str) -> str:

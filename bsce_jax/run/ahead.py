@@ -37,11 +37,10 @@ class Plan:
 def calls(plan: Plan, base: bool) -> Iterator[Call]:
     """Programs and the shapes of their arguments, in the order of their first calls.
 
-    Without those of the base step where it is not trained (`base`). None under pmap or
-    with streamed images, whose batches would have to be read; and not those of phases
-    with companions, which depend on features.
+    Without those of the base step where it is not trained (`base`), and those that are
+    not known, see `are_known`.
     """
-    if plan.programs.devices.mode != "jit" or not isinstance(plan.train, Resident):
+    if not _are_placed(plan):
         return
     network = network_shapes(plan.config, plan.programs.model, plan.dataset.image_shape)
     # Of the last step: shapes are those of every step, and it has most images.
@@ -53,6 +52,20 @@ def calls(plan: Plan, base: bool) -> Iterator[Call]:
     for data in last.values():
         if data.step:
             yield from _updates(plan, data, network)
+
+
+def are_known(plan: Plan) -> bool:
+    """Whether `calls` has all programs of a run.
+
+    None under pmap or with streamed images, whose batches would have to be read; and
+    not those of phases with companions, which depend on features.
+    """
+    beside = [section.beside for section in plan.config.phase.values()]
+    return _are_placed(plan) and "companions" not in beside
+
+
+def _are_placed(plan: Plan) -> bool:
+    return plan.programs.devices.mode == "jit" and isinstance(plan.train, Resident)
 
 
 def _updates(plan: Plan, data: StepData, network: Network) -> Iterator[Call]:

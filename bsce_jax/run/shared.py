@@ -41,14 +41,19 @@ class Program:
         """The function, traced for such arguments."""
         return self._function.lower(*arguments)
 
-    def compile(self, shapes: tuple[PyTree, ...]) -> None:
-        """Compiles the function for arguments of such shapes, which it then keeps."""
+    def compile(self, shapes: tuple[PyTree, ...]) -> bool:
+        """Compiles the function for arguments of such shapes, which it then keeps.
+
+        Returns:
+          True: it is there, see `graphs.Update.compile`.
+        """
         leaves, structure = jax.tree.flatten(shapes)
         key = structure, tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
         with self._lock:
             if key not in self._compiled:
                 self._function.lower(*shapes).compile()
                 self._compiled.add(key)
+        return True
 
 
 class Shared:
@@ -132,7 +137,7 @@ class Shared:
 
     def compile_ahead(
         self, config: ConfigDict, base: bool
-    ) -> concurrent.futures.Future[None]:
+    ) -> concurrent.futures.Future[bool]:
         """Compiles what a run will call in the background, after what is asked already.
 
         An error is a log line: the run itself will meet it again.
@@ -140,10 +145,13 @@ class Shared:
         Args:
           config: of the run.
           base: whether it trains its base step.
+
+        Returns:
+          When it has ended: whether all of the run's programs are compiled.
         """
         return self._background.submit(self._compile_all, config, base)
 
-    def _compile_all(self, config: ConfigDict, base: bool) -> None:
+    def _compile_all(self, config: ConfigDict, base: bool) -> bool:
         try:
             devices = parallel.create(config.parallel)
             data = self.load(config)
@@ -153,7 +161,9 @@ class Shared:
             ]
             made = self._build(config, devices, data.num_classes)
             plan = ahead.Plan(config, data, made, *feeds)
-            for program, shapes in ahead.calls(plan, base):
-                program.compile(shapes)
+            calls = ahead.calls(plan, base)
+            compiled = [program.compile(shapes) for program, shapes in calls]
+            return ahead.are_known(plan) and all(compiled)
         except Exception as error:
             logger.warning("nothing is compiled ahead: %s", error)
+            return False
