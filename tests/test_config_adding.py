@@ -287,11 +287,15 @@ def test_the_documented_data_set_is_prepared_and_loads(tmp_path, monkeypatch, ca
 
 
 def test_the_documented_network_keeps_the_contract():
-    code, branch = examples("A network")
+    code, branch, known = examples("A network")
     create = "def create(name, num_classes, width, head, dtype, conv_chunks):\n"
     module = types.SimpleNamespace(**run_code(code))
     scope = {"convnet": module, "_dtype": models._dtype}
     exec(create + branch, scope)
+    exec("def check_name(name):\n" + known, scope)
+    assert scope["check_name"]("convnet") == ("convnet", 0)
+    with pytest.raises(UserError):
+        models.check_name("convnet")  # a name has to be known there too
     network = scope["create"]("convnet", 7, 4, "linear", "float32", 2)
     assert network == module.ConvNet(7, 4, dtype=jnp.dtype("float32"), conv_chunks=2)
     images = np.random.default_rng(0).normal(size=(5, 8, 8, 1)).astype(np.float32)

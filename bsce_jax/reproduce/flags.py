@@ -111,7 +111,7 @@ def _add_how(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="FOLDER",
         help="with --in_process: pack there, after every step, what another machine "
-        "needs to go on (at most 8 files)",
+        "needs to go on (four files)",
     )
     add(
         "--import",
