@@ -1,7 +1,7 @@
 """Your own images: a folder of class folders, prepared once, learned class by class.
 
-    python -m bsce_jax.data.prepare image_folder --name my_birds --train FOLDER
-    python -m bsce_jax.main --config configs/image_folder.py:data=my_birds,prior=balanced
+    python -m bsce_jax.data.prepare image_folder --name birds --train FOLDER
+    python -m bsce_jax.main --config configs/image_folder.py:data=birds,prior=balanced
 
 Arguments: data (name of the prepared data set), base_classes (of the base step; 0 = all
 steps alike), steps (incremental ones; or all, where base_classes is 0), method
