@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(error: BaseException) -> str:
+    """The message of an error of another library, whose lines may be many."""
+    return " ".join(str(error).split())
+
+
 def field_error(name: str, value: Any, allowed: str) -> UserError:
     """The error of a configuration field, given by its dotted name."""
     shown = repr(value.to_dict() if hasattr(value, "to_dict") else value)

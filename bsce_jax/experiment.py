@@ -26,7 +26,7 @@ from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import TrainState
 from bsce_jax.config import priors
-from bsce_jax.errors import UserError, printable
+from bsce_jax.errors import UserError, one_line, printable
 from bsce_jax.hosts.peers import Peers
 from bsce_jax.hosts.stop import StopSignal
 from bsce_jax.hosts.workdir import kept
@@ -230,6 +230,7 @@ def train(run: Run, progress: Progress, phase: Phase, stop: StopSignal) -> None:
         last_save = time.monotonic()
 
     watch = Watch(after_call, due, save_inside, lambda: stop.number)
+    run.monitor.begin_phase()
     context = parallel.replicate(run.devices, context)
     if loop.training.with_companions:
         table = functools.partial(companions.table, run, loop, context)
@@ -246,8 +247,8 @@ def _last_good(run: Run) -> str:
     """Where a run that cannot go on could be taken up again."""
     with contextlib.suppress(UserError):
         run.writer.wait()
-    kept = store.numbers(run.checkpoints)
-    last = f"checkpoint {kept[-1]}" if kept else "none"
+    numbers = store.numbers(run.checkpoints)
+    last = f"checkpoint {numbers[-1]}" if numbers else "none"
     return f"last good: {last} in {run.checkpoints}"
 
 
@@ -273,7 +274,7 @@ def _finished(run: Run) -> dict[str, Any]:
 
             pictures = plots.draw([run.results], run.workdir)
         except Exception as error:  # whatever a drawing library may raise
-            logger.warning("no pictures: %s", " ".join(str(error).split()))
+            logger.warning("no pictures: %s", one_line(error))
         print(_where_it_is(run.workdir, pictures), flush=True)
     return run.results
 

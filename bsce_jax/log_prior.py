@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from bsce_jax.norms import widened
+
 EXCLUDED = -1e9
 """Log-prior of a class that takes no part: unseen, or of weight zero.
 
@@ -105,4 +107,4 @@ def _log(values: ArrayLike) -> jax.Array:
 
 def _floating(values: ArrayLike) -> jax.Array:
     values = jnp.asarray(values)
-    return values.astype(jnp.result_type(values, jnp.float32))
+    return widened(values)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
+from bsce_jax import norms
 from bsce_jax.errors import UserError
 
 _CLASSICAL_PICKS = 1000
@@ -96,8 +97,10 @@ def herd_padded(
     Returns:
       ``[m]`` int32 rows in order of choice, -1 where there are fewer images than m.
     """
-    points = _floating(features)
-    points = _normalise(points, valid) if normalise else points * valid[:, None]
+    points = norms.widened(features)
+    if normalise:
+        points = norms.normalise(points)
+    points = jnp.where(valid[:, None], points, 0)
     num_valid = jnp.sum(valid, dtype=jnp.int32)
     mean = jnp.sum(points, axis=0) / jnp.maximum(num_valid, 1)
 
@@ -301,14 +304,3 @@ def reserved(
             )
         found[label] = np.random.default_rng([seed, label]).permutation(rows)[:count]
     return found
-
-
-def _floating(features: jax.Array) -> jax.Array:
-    """At least float32."""
-    return features.astype(jnp.result_type(features, jnp.float32))
-
-
-def _normalise(features: jax.Array, valid: jax.Array) -> jax.Array:
-    """Rows of length 1 (0 for padding)."""
-    length = jnp.sqrt(jnp.sum(features**2, axis=1, keepdims=True))
-    return jnp.where(valid[:, None], features / jnp.maximum(length, 1e-12), 0)

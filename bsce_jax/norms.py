@@ -1,10 +1,18 @@
-"""Lengths of vectors and vectors of length 1, with derivatives that are finite at 0."""
+"""Lengths of vectors and vectors of length 1, with derivatives that are finite at 0.
+
+And the precision in which both, and all losses, are computed.
+"""
 
 import jax
 import jax.numpy as jnp
 
 SHORTEST = 1e-12
 """Vectors shorter than this are divided by it, and not by their length."""
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """An array of any floating dtype in float32, or float64 where it is that."""
+    return x.astype(jnp.result_type(x, jnp.float32))
 
 
 def norm(x: jax.Array, smallest: float = SHORTEST) -> jax.Array:

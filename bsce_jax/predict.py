@@ -34,6 +34,7 @@ from bsce_jax.run.progress import finished_checkpoint
 _NEEDED = (
     *("method", "model.", "scenario.", "memory.", "optim.", "evaluation.batch_size"),
     *("data.mean", "data.std", "data.padding", "data.flip", "data.brightness"),
+    *("prior", "meta.fraction"),
 )
 
 SHOWN = 3  # classes of an image

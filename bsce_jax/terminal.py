@@ -14,8 +14,6 @@ from typing import NoReturn, TextIO
 
 from bsce_jax.errors import printable
 
-INTERRUPTED = 130
-
 
 def start() -> None:
     """Makes Ctrl-C end the process at once, in a line, and output never fail on text.

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, TextIO
 
 from etils import epath
 
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, one_line
 
 
 def create(path: epath.PathLike) -> BinaryIO:
@@ -73,7 +73,7 @@ def read_json(path: epath.PathLike, expected: str) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: expected {expected}") from None
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or one_line(error)
         raise UserError(f"{path} cannot be read: {reason}") from error
     except RecursionError:
         raise UserError(

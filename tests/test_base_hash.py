@@ -241,6 +241,9 @@ def test_the_method_counts_where_the_base_step_uses_its_forward():
 
     assert found("bic", "") == found("il_baseline", "") == base_hash(config(), DATA)
     assert len({found("bic", ""), found("bic", "f"), found("icarl", "f")}) == 3
+    c = config().copy_and_resolve_references()
+    c.method, c.phase.base.begin = "mnemonics", "start"
+    assert base_hash(c, DATA) not in (found("bic", ""), found("mnemonics", ""))
 
 
 def test_images_that_are_held_out_from_the_start_count():

@@ -400,7 +400,7 @@ def test_background_saves_are_of_their_moment(tmp_path: pathlib.Path) -> None:
             for _ in range(5):
                 state = update(state)
     assert [meta["at"] for meta in written] == [[number] for number in range(12)]
-    assert writer.saves == 12 and writer.stalled > 0
+    assert writer.stalled > 0
     for number in range(12):
         restored = store.restore(tmp_path, number, state)
         assert restored.meta == {"at": [number]}

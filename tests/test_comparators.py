@@ -133,6 +133,22 @@ def test_a_run_cut_inside_any_phase_ends_with_the_same_bits(method, config, work
     cut_and_compare(method, config, workdir)
 
 
+@only("bic", "mnemonics", "ss_il")
+def test_a_run_from_a_base_step_that_is_there_ends_as_one_of_its_own(
+    method, config, workdir
+):
+    """What is the method's own is this run's: BiC's scale, Mnemonics' exemplars."""
+    taken = config.parent / "taken"
+    runs.here(config, taken, *overrides(method), f"--config.init_from={workdir}")
+    ours, theirs = (
+        [record["result"] for record in runs.results(folder)["steps"]]
+        for folder in (taken, workdir)
+    )
+    assert ours == theirs
+    compiled = runs.results(taken)["steps"][-1]["telemetry"]["compiles"]
+    assert "base_update" not in compiled
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["jit", "pmap"])
 def test_eight_devices_train_as_one(method, config, workdir, mode):

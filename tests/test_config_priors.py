@@ -153,10 +153,3 @@ def test_alpha_is_fixed_or_learned():
         config = example(prior, alpha=0.25)
         assert priors.initial_alpha(config) == 1.0
         assert priors.learns_alpha(config) == (prior == "meta")
-
-
-def test_images_held_out_of_each_class():
-    config = example("meta", **{"meta.fraction": 0.2})
-    assert [priors.held_out_per_class(config, m) for m in (2, 10, 20)] == [1, 2, 4]
-    with pytest.raises(UserError, match="m=1"):
-        priors.held_out_per_class(config, 1)

@@ -123,7 +123,7 @@ REFUSALS = [
     ({"memory__kind": "fixed", "memory__budget": 5}, "budget=5: must be at least 6"),
     (
         {"prior": "meta", "memory__kind": "fixed", "memory__budget": 7},
-        "m=1: .*at least 2 exemplars",
+        "config.memory.budget=7: expected 2 exemplars or more of each of 4 classes",
     ),
     (
         {"data__mean": (0.5, 0.5, 0.5), "data__std": (0.5, 0.5, 0.5)},

@@ -141,7 +141,9 @@ def test_all_priors_share_the_base_step_and_its_bits(config, folder, balanced):
         assert a["result"] == b["result"]
 
 
-@pytest.mark.parametrize("method", [pytest.param("bic", marks=pytest.mark.slow), "ncm"])
+@pytest.mark.parametrize(
+    "method", [pytest.param("slda", marks=pytest.mark.slow), "ncm"]
+)
 def test_a_method_starts_from_the_base_step_of_il_baseline(folder, balanced, method):
     """The model's leaves are taken over; what it has of its own is this run's."""
     (folder / method).mkdir()

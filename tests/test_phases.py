@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 from bsce_jax.config.fields import phase
 from bsce_jax.config.resolve import resolve
 from bsce_jax.errors import UserError
-from bsce_jax.run.dataset import check, exemplars_per_class, held_out_once
+from bsce_jax.run.dataset import check
 from bsce_jax.run.loop import make_training
 from bsce_jax.run.phases import (
     configured,
     empty_ranking,
+    held_out_once,
     new_images,
     of_step,
     phases_of,
     planned,
     training_set,
 )
+from bsce_jax.run.quotas import exemplars_per_class
 from bsce_jax.scenario import class_groups
 from tests.phase_example import config, data_of, dataset, full_ranking
 

@@ -190,6 +190,24 @@ def test_the_optimiser_goes_with_a_base_step_where_a_job_goes_on_with_it(tmp_pat
         store.restore(tmp_path / "bases/without/checkpoints", 1, target)
 
 
+def test_a_network_alone_gives_way_to_one_with_the_optimiser(tmp_path):
+    """A job of a later command may go on with it, where those before did not."""
+    run(tmp_path, "a0", steps=1, checkpoint=1)
+    key = make_results()["base_hash"]
+    bases.keep_networks(tmp_path, bases.BaseSteps(tmp_path).scan(), [])
+    kept = f"bases/{key[:16]}"
+    assert bases.BaseSteps(tmp_path).scan() == {key: kept}
+    job = fake("a1", key)
+    config = {"phase.last.optimizer": "kept", "phase.last.epochs": 2}
+    object.__setattr__(job, "config", config)
+    found = bases.BaseSteps(tmp_path, [job]).scan()
+    assert found == {key: "runs/a0"}
+    bases.keep_networks(tmp_path, found, [job])
+    assert bases.BaseSteps(tmp_path, [job]).scan() == {key: kept}
+    target = {"state": ARRAYS["state"]}
+    store.restore(tmp_path / kept / "checkpoints", 1, target)
+
+
 def test_a_damaged_checkpoint_is_not_copied(tmp_path):
     folder = run(tmp_path, "a0", steps=1, checkpoint=1)
     (folder / "checkpoints/1/manifest/data.json").write_text("{}")

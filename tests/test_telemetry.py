@@ -11,17 +11,21 @@ import struct
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2
 
 from bsce_jax import terminal
 from bsce_jax.errors import UserError
+from bsce_jax.run import monitor as run_monitor
+from bsce_jax.run.loop import History
 from bsce_jax.telemetry import bar, compiles, environment
 from bsce_jax.telemetry.events import Timeline
 
@@ -445,3 +449,30 @@ def test_a_pass_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.15)
         assert ("features" in stream.getvalue()) == (number > 0)
     assert "80%" in stream.getvalue()
+
+
+def test_what_lies_between_phases_is_not_training(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exemplars are chosen and programs compiled there."""
+    now = [0.0]
+    monkeypatch.setattr(run_monitor.time, "time", lambda: now[0])
+    phase = types.SimpleNamespace(name="p", first_epoch=0, epochs=1)
+    data = types.SimpleNamespace(step=0, phase=phase)
+    training = types.SimpleNamespace(
+        data=data, updates_per_epoch=100, learning_rates=(0.1,)
+    )
+    monitor = run_monitor.Monitor(epath.Path(tmp_path), 1, 100, 60.0)
+    monitor.start(0)
+    monitor.begin_step()
+    history, calls = History(), 0
+    for seconds in (2, 1, 1, None, 50, 1, 1):  # the first call of a phase compiles
+        if seconds is None:
+            monitor.begin_phase()
+            continue
+        now[0] += seconds
+        calls += 1
+        history.updates = calls
+        monitor.trained(training, history, 0, 30)
+    assert monitor.step_telemetry()["images_per_second"] == 30.0
+    monitor.close()

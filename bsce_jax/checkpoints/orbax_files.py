@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, one_line
 
 _FILE = "data.json"
 MANIFEST = f"manifest/{_FILE}"  # the JSON, in a folder written here
@@ -115,7 +115,7 @@ def reason(error: BaseException) -> str:
             return os.strerror(int(code[1]))
         error, hidden = cause, cause.__suppress_context__
         cause = cause.__cause__ or (None if hidden else cause.__context__)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def _is_news(record: logging.LogRecord) -> bool:

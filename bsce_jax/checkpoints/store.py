@@ -13,7 +13,7 @@ SHA-256 of every array, itself hashed.
 With several processes the folder is one that all of them see, and the arrays are
 replicated: process 0 writes, and each process reads for itself. Neither waits for the
 other processes, but for the agreement at the end of :func:`latest`. See
-`checkpoint_writer` for saving in the background.
+`checkpoints.writer` for saving in the background.
 """
 
 import errno

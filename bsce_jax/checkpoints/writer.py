@@ -27,13 +27,12 @@ class Writer:
     called next.
 
     Attributes:
-      saves: number of calls of `save`.
       stalled: seconds that calls of `save` have taken, all together.
     """
 
     def __init__(self) -> None:
         """Nothing is written yet."""
-        self.saves, self.stalled = 0, 0.0
+        self.stalled = 0.0
         self._threads = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._running: concurrent.futures.Future[None] | None = None
 
@@ -47,7 +46,7 @@ class Writer:
         keep: int = 2,
         then: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
-        """As `checkpoint.save`, but returns as soon as arrays and meta are copied.
+        """As `store.save`, but returns as soon as arrays and meta are copied.
 
         Args:
           directory, number, arrays, meta, keep: see there. The caller may change or
@@ -72,7 +71,6 @@ class Writer:
                 then(fixed)
 
         self._running = self._threads.submit(work)
-        self.saves += 1
         self.stalled += time.monotonic() - started
 
     def check(self) -> None:

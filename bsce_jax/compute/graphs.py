@@ -17,7 +17,7 @@ import numpy as np
 
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import PyTree
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, one_line
 
 logger = logging.getLogger("bsce_jax")
 
@@ -108,7 +108,9 @@ class Graphs:
             except jax.errors.JaxRuntimeError as error:
                 if kind == "default" and best is None:
                     raise
-                logger.warning("gpu_graphs=auto passes over %s: %s", kind, _line(error))
+                logger.warning(
+                    "gpu_graphs=auto passes over %s: %s", kind, one_line(error)
+                )
                 took = _FAILED
             took = int(parallel.largest(self._devices, (took,))[0])
             if took < _FAILED:
@@ -137,7 +139,7 @@ class Update:
 
     def __call__(self, state: PyTree, *arguments: PyTree) -> tuple[PyTree, PyTree]:
         """Calls the function, which is compiled where it is not."""
-        key = _key((state, *arguments))
+        key = shapes_of((state, *arguments))
         with self._lock:
             if key not in self._programs:
                 lowered = self._jitted.lower(state, *arguments)
@@ -154,7 +156,7 @@ class Update:
         Returns:
           Whether it is compiled.
         """
-        key = _key(shapes)
+        key = shapes_of(shapes)
         with self._lock:
             if key not in self._programs and self._graphs.kind != AUTO:
                 lowered = self._jitted.lower(*shapes)
@@ -162,7 +164,7 @@ class Update:
             return key in self._programs
 
 
-def _key(arguments: tuple[PyTree, ...]) -> Hashable:
+def shapes_of(arguments: tuple[PyTree, ...]) -> Hashable:
     """Structure, shapes and types of arguments: what a compiled program is for."""
     leaves, structure = jax.tree.flatten(arguments)
     return structure, tuple((np.shape(leaf), _dtype(leaf)) for leaf in leaves)
@@ -192,12 +194,8 @@ def _as_asked(lowered: Any, kind: str) -> Callable:
             raise
         raise UserError(
             f"gpu_graphs={kind!r}: this XLA does not compile with {names} "
-            f"({_line(error)}); gpu_graphs=default leaves it its own choice"
+            f"({one_line(error)}); gpu_graphs=default leaves it its own choice"
         ) from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _seconds(program: Callable, state: PyTree, arguments: tuple[PyTree, ...]) -> float:

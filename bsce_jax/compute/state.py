@@ -59,7 +59,8 @@ class StepContext(struct.PyTreeNode):
       counts: [C] float32, training images of each class in this phase.
       task_ids: [C] int32, the step that introduces each class.
       weights: term name -> [] float32.
-      update_scale: like params, broadcastable leaves: 0 freezes, 1 trains.
+      update_scale: like params, broadcastable leaves: the factor of each
+        learning rate; 0 freezes.
       teacher: an earlier network, or None.
       decay: [] float32, factor of the weight decay.
     """

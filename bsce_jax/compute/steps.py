@@ -49,7 +49,7 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """The alpha update (Jodelet et al., Algorithm 1): see config/fields.py, `meta`."""
+    """The alpha update (Jodelet et al., Algorithm 1): META in config/sections.py."""
 
     optimizer: optax.GradientTransformation
     every: int

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bsce_jax.config import options
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, one_line
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[2]  # what holds bsce_jax
 
@@ -64,7 +64,7 @@ def _reason(error: Exception, path: pathlib.Path) -> str:
     if isinstance(error, SyntaxError):
         text, lines = error.msg, [error.lineno]
     else:
-        text = " ".join(str(error).split())
+        text = one_line(error)
     where = f", line {lines[-1]}" if lines and lines[-1] else ""
     return f"{type(error).__name__}: {text}{where}"
 

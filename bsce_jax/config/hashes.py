@@ -85,6 +85,9 @@ def is_hashed(name: str) -> bool:
     return field is None or field.hashed
 
 
+_HOOKS = ("forward", "begin")  # fields of a phase that name a function of the method
+
+
 def base_fields(flat: Mapping[str, Any]) -> dict[str, Any]:
     """What reaches the base step as it stands, of a flattened configuration.
 
@@ -94,7 +97,7 @@ def base_fields(flat: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       The fields declared so, those of the phases of the base step (but for their
       terms, whose weights there are numbers) with the order of these phases, and the
-      method's name and options where one of these phases uses its `forward`.
+      method's name and options where one of these phases uses a function of it.
     """
     base = [
         name
@@ -103,7 +106,7 @@ def base_fields(flat: Mapping[str, Any]) -> dict[str, Any]:
     ]
     prefixes = tuple(f"phase.{name}." for name in base)
     without = tuple(f"phase.{name}.terms." for name in base)
-    if any(flat.get(f"phase.{name}.forward") for name in base):
+    if any(flat.get(f"phase.{n}.{hook}") for n in base for hook in _HOOKS):
         prefixes += ("method", "options.")
     found = {
         name: value

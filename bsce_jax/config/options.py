@@ -17,7 +17,7 @@ def defaults(method: str) -> ConfigDict:
     Raises:
       UserError: there is no such method.
     """
-    return ConfigDict(dict(getattr(methods.module(method), "OPTIONS", {})))
+    return ConfigDict(methods.options(method))
 
 
 def filled_in(config: ConfigDict) -> ConfigDict:

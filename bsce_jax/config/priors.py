@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from numpy.typing import NDArray
 
 from bsce_jax import log_prior as vectors
-from bsce_jax import memory
 from bsce_jax.config import terms
 from bsce_jax.errors import field_error
 
@@ -111,12 +110,3 @@ def learns_alpha_in(config: ConfigDict, phase: ConfigDict) -> bool:
     moving = any(rate for group, rate in phase.rate.items() if group != "own")
     later = phase.steps == "later" and phase.images == "training"
     return learns_alpha(config) and later and moving
-
-
-def held_out_per_class(config: ConfigDict, exemplars: int) -> int:
-    """Images of each class in the balanced held-out set.
-
-    Raises:
-      UserError: too few exemplars of each class for one.
-    """
-    return memory.held_out_per_class(exemplars, config.meta.fraction)

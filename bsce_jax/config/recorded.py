@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bsce_jax.config import options, resolve
-from bsce_jax.config.fields import FIELDS, find
+from bsce_jax.config.fields import FIELDS, find, phase
 from bsce_jax.errors import UserError, field_error
 
 
@@ -14,7 +14,7 @@ def nested(flat: Mapping[str, Any], needed: Sequence[str]) -> ConfigDict:
     """A flattened configuration as it was.
 
     Flattening leaves empty sections out; a run of another version may lack fields, and
-    have others, which are left out here.
+    have others, which are left out here. What a phase lacks is at its default.
 
     Args:
       flat: values by dotted name.
@@ -36,6 +36,10 @@ def nested(flat: Mapping[str, Any], needed: Sequence[str]) -> ConfigDict:
             _set(config, name.split("."), value)
         except (KeyError, AttributeError, TypeError, ValueError):
             raise field_error(name, value, "no field inside of another") from None
+    for section in config.get("phase", {}).values():
+        for name, default in phase().items():
+            if name not in section:
+                section[name] = default
     options.check(config)
     for name in options.defaults(config.method):
         if name not in config.options:

@@ -150,6 +150,9 @@ def _check_together(config: ConfigDict) -> None:
             raise field_error(
                 "model.head", "linear", f"cosine or local_similarity for terms.{name}"
             )
+    for name in filter(terms.needs_auxiliary, used):
+        if not config.model.auxiliary:
+            raise field_error("model.auxiliary", 0, f"above 0 for terms.{name}")
     methods.check(config)
     options.check(config)
     _check_sums(config)

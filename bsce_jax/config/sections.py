@@ -58,8 +58,8 @@ DATA = {
     ),
     "workers": Field(
         -1,
-        "streaming: decoding processes of a host; 0 = threads of its one, -1 = "
-        "automatic.",
+        "streaming: decoding processes of a host; 0 = threads of the run's process, "
+        "-1 = automatic.",
         least=-1,
         most=1024,
         hashed=False,
@@ -276,7 +276,7 @@ OPTIM = {
 
 META = {
     "every": Field(
-        10, "Updates from one update of alpha to the next.", least=1, most=1_000_000
+        10, "Updates from one update of alpha to the next.", least=1, most=1000
     ),
     "fraction": Field(
         0.1,

@@ -57,6 +57,11 @@ def needs_similarities(name: str) -> bool:
     return getattr(module(name), "NEEDS_SIMILARITIES", False)
 
 
+def needs_auxiliary(name: str) -> bool:
+    """Whether a term needs the network's auxiliary branch."""
+    return getattr(module(name), "NEEDS_AUXILIARY", False)
+
+
 def options(term: Mapping[str, Any]) -> dict[str, Any]:
     """The keyword arguments that a configured term gives to its function."""
     return {k: v for k, v in term.items() if k not in _NOT_OPTIONS}

@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from bsce_jax.data import batches, decode, source
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -253,7 +253,7 @@ def _next(iterator: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UserError(
             f"a decoding process is gone, perhaps for want of memory: {reason}; "
             "config.data.workers says how many there are"

@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, one_line
 
 logger = logging.getLogger("bsce_jax")
 
@@ -92,7 +92,7 @@ def require_devices() -> None:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter of JAX's own
         wanted = os.environ.get("JAX_PLATFORMS", "")
-        reason = " ".join(str(error).split()) or "there is no such device"
+        reason = one_line(error) or "there is no such device"
         raise UserError(
             f"JAX_PLATFORMS={wanted!r}: expected a platform that is here, such as cpu, "
             f"or '', for the fastest there is: {reason}"

@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 import jax
 
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, one_line
 from bsce_jax.hosts.peers import LOST, Peers
 
 
@@ -71,7 +71,7 @@ def join(
             # Starts the devices, which takes all processes, as the watch does.
             return Peers(patience) if jax.process_count() > 1 else None
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             _give_up(f"{_who(address)} cannot reach the others: {reason}")
 
 
@@ -128,7 +128,7 @@ def _initialize(timeout: float, **options: object) -> bool:
             **options,  # type: ignore[arg-type]
         )
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if not options and "coordinator_address should be defined" in reason:
             return False
         raise UserError(f"cannot join the other processes: {reason}") from None

@@ -22,6 +22,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from bsce_jax.errors import one_line
+
 _log = logging.getLogger("bsce_jax")
 
 LOST = 3  # exit status where another process is gone
@@ -275,4 +277,4 @@ def _receive(connection: socket.socket, count: int) -> bytes:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]
+    return one_line(error)[:160]

@@ -13,14 +13,13 @@ from bsce_jax.losses.softmax_ce import label_mask, softmax_cross_entropy
 COLUMNS = ("new", "seen")
 """What the softmax may run over: this step's classes, or all learned so far."""
 
-LIMITS = {"columns": ("new", "seen")}
+LIMITS = {"columns": COLUMNS}
 
 
 def columns_cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
     columns: jax.Array,
-    log_prior: jax.Array | None = None,
 ) -> jax.Array:
     """Cross-entropy whose softmax runs over chosen classes (Wu et al. 2021, Eq. 1).
 
@@ -28,13 +27,12 @@ def columns_cross_entropy(
       logits: ``[batch, classes]``, any floating dtype.
       labels: ``[batch]`` int, positions in the class order.
       columns: ``[classes]`` bool, the classes chosen.
-      log_prior: ``[classes]``, added to the logits; None for none.
 
     Returns:
       ``[batch]``, computed in float32 (float64 where an input is). A label that is not
       chosen has value and gradient 0.
     """
-    prior = jnp.where(columns, 0.0 if log_prior is None else log_prior, EXCLUDED)
+    prior = jnp.where(columns, 0.0, EXCLUDED)
     values = softmax_cross_entropy(logits, labels, prior)
     return jnp.where(_among(labels, columns), values, 0)
 
@@ -61,7 +59,7 @@ def term(
         several heads, each on its rotation, over which the mean is taken.
       teacher: not used.
       batch: ``labels`` [batch] int and ``valid`` [batch] (0 for padding rows).
-      context: ``log_prior`` [classes], ``old`` and ``seen`` [classes] bool.
+      context: ``old`` and ``seen`` [classes] bool.
       columns: "new", as printed, the classes of this step; or "seen".
 
     Returns:
@@ -78,8 +76,7 @@ def term(
     chosen = new if columns == "new" else context.seen
 
     def loss(logits: jax.Array) -> jax.Array:
-        prior = context.log_prior
-        return columns_cross_entropy(logits, batch.labels, chosen, prior)
+        return columns_cross_entropy(logits, batch.labels, chosen)
 
     if "perspectives" in student:
         each = jax.vmap(loss, in_axes=1, out_axes=1)(student["perspectives"])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bsce_jax.errors import UserError
-from bsce_jax.norms import norm, normalise
+from bsce_jax.norms import norm, normalise, widened
 
 NEEDS_OLD_CLASSES = True
 """The term is absent from the program of the base step."""
@@ -46,7 +46,7 @@ def adaptive_average_pool(maps: jax.Array, size: int = 2) -> jax.Array:
     """
     if size < 1:
         raise UserError(f"geodesic: size={size!r}, allowed: at least 1")
-    maps = maps.astype(jnp.result_type(maps, jnp.float32))
+    maps = widened(maps)
 
     def windows(length: int) -> list[slice]:
         ends = [-(-(i + 1) * length // size) for i in range(size)]
@@ -107,7 +107,7 @@ def geodesic_kernel(
 def _subspace(features: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Orthonormal columns [size, min(batch, size) - 2], and how many have a meaning."""
     features = jax.lax.stop_gradient(features)
-    features = features.astype(jnp.result_type(features, jnp.float32))
+    features = widened(features)
     points = normalise(jnp.where(valid[:, None] > 0, features, 0))
     # The mean over a sample's own features (sic), not over the samples.
     points -= jnp.mean(points, axis=1, keepdims=True)
@@ -137,7 +137,7 @@ def geodesic(
     """
 
     def direction(vectors: jax.Array) -> jax.Array:
-        return normalise(vectors.astype(jnp.result_type(vectors, jnp.float32)))
+        return normalise(widened(vectors))
 
     x = direction(features)
     y = jax.lax.stop_gradient(direction(teacher_features))

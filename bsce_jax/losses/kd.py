@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bsce_jax.log_prior import EXCLUDED
+from bsce_jax.norms import widened
 
 NEEDS_OLD_CLASSES = True
 """The term is absent from the program of the base step."""
@@ -42,7 +43,7 @@ def knowledge_distillation(
     old = old[None, :]
 
     def soften(scores: jax.Array) -> jax.Array:
-        scores = scores.astype(jnp.result_type(scores, jnp.float32))
+        scores = widened(scores)
         return jnp.where(old, scores / temperature, EXCLUDED)
 
     targets = jax.nn.softmax(soften(jax.lax.stop_gradient(teacher_logits)))

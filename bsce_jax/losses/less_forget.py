@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bsce_jax.norms import normalise
+from bsce_jax.norms import normalise, widened
 
 NEEDS_OLD_CLASSES = True
 """The term is absent from the program of the base step."""
@@ -30,7 +30,7 @@ def less_forget(features: jax.Array, teacher_features: jax.Array) -> jax.Array:
     """
 
     def direction(vectors: jax.Array) -> jax.Array:
-        return normalise(vectors.astype(jnp.result_type(vectors, jnp.float32)))
+        return normalise(widened(vectors))
 
     target = jax.lax.stop_gradient(direction(teacher_features))
     return 1 - jnp.sum(direction(features) * target, axis=1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bsce_jax.errors import UserError
 from bsce_jax.losses.softmax_ce import label_mask
+from bsce_jax.norms import widened
 
 NEEDS_OLD_CLASSES = True
 """The term is absent from the program of the base step."""
@@ -50,7 +51,7 @@ def margin_ranking(
     """
     if k < 1:
         raise UserError(f"margin_ranking: k={k!r}, allowed: at least 1")
-    cosines = cosines.astype(jnp.result_type(cosines, jnp.float32))
+    cosines = widened(cosines)
     classes = jnp.arange(cosines.shape[1])[None, :]
     is_label = label_mask(labels, cosines.shape[1])
     of_label = jnp.sum(cosines, axis=1, where=is_label)

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from bsce_jax.log_prior import EXCLUDED
 from bsce_jax.losses.softmax_ce import label_mask, rescaled
+from bsce_jax.norms import widened
 
 NEEDS_SIMILARITIES = True
 """The term reads what a cosine or local similarity head gives besides its logits."""
@@ -49,7 +50,7 @@ def nca(
       ``[batch]``, computed in float32 (float64 where an input is). A label outside
       ``[0, classes)`` has value and gradient 0.
     """
-    scores = scale * similarities.astype(jnp.result_type(similarities, jnp.float32))
+    scores = scale * widened(similarities)
     if seen is not None:
         # After the scaling: a negative scale would turn an exclusion around.
         scores = jnp.where(seen[None, :], scores, EXCLUDED)

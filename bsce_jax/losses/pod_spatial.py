@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bsce_jax.norms import norm, normalise
+from bsce_jax.norms import norm, normalise, widened
 
 NEEDS_OLD_CLASSES = True
 """The term is absent from the program of the base step."""
@@ -53,7 +53,7 @@ def _distance(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _pooled(values: jax.Array) -> jax.Array:
     """[batch, H, W, C] -> unit vectors [batch, (H + W) C]."""
-    energy = jnp.square(values.astype(jnp.result_type(values, jnp.float32)))
+    energy = jnp.square(widened(values))
     sums = [jnp.sum(energy, axis=2), jnp.sum(energy, axis=1)]  # [B, H, C], [B, W, C]
     pooled = jnp.concatenate(sums, axis=1)
     return normalise(pooled.reshape(len(pooled), -1))

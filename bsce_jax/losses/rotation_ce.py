@@ -6,6 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bsce_jax.norms import widened
+
+NEEDS_AUXILIARY = True
+
 
 def rotation_cross_entropy(logits: jax.Array) -> jax.Array:
     """Cross-entropy of the predicted rotations, averaged over an image's views.
@@ -17,7 +21,7 @@ def rotation_cross_entropy(logits: jax.Array) -> jax.Array:
     Returns:
       ``[batch]``, computed in float32 (float64 where the input is).
     """
-    scores = logits.astype(jnp.result_type(logits, jnp.float32))
+    scores = widened(logits)
     number = jnp.arange(scores.shape[1])
     is_label = (number[:, None] == number[None, :])[None]
     log_probabilities = jax.nn.log_softmax(scores, axis=2)

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bsce_jax.norms import widened
+
 
 def shift_l2(shift: jax.Array) -> jax.Array:
     """Half the square of a learned shift, as the authors coded it.
@@ -16,7 +18,7 @@ def shift_l2(shift: jax.Array) -> jax.Array:
     Returns:
       ``[]``, computed in float32 (float64 where the input is).
     """
-    return jnp.square(shift.astype(jnp.result_type(shift, jnp.float32))) / 2
+    return jnp.square(widened(shift)) / 2
 
 
 def term(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bsce_jax.losses.softmax_ce import label_mask
+from bsce_jax.norms import widened
 
 
 def sigmoid_binary_cross_entropy(
@@ -28,7 +29,7 @@ def sigmoid_binary_cross_entropy(
       ``[batch]``, computed in float32 (float64 where an input is); 0 where no class is
       seen.
     """
-    scores = logits.astype(jnp.result_type(logits, jnp.float32))
+    scores = widened(logits)
     targets = jax.lax.stop_gradient(targets)
     # Softplus on both sides: no logarithm of a rounded probability, and no difference
     # of large numbers.

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bsce_jax.norms import widened
+
 CLASSIFICATION = True
 """Another classification loss may take its place: see `config.terms.with_prior`."""
 READS_LOG_PRIOR = True
@@ -39,7 +41,7 @@ def softmax_cross_entropy(
       ``[batch]``, computed in float32 (float64 where an input is). A label outside
       ``[0, classes)`` has value and gradient 0.
     """
-    scores = logits.astype(jnp.result_type(logits, jnp.float32))
+    scores = widened(logits)
     if log_prior is not None:
         scores = scores + log_prior[None, :]
     is_label = label_mask(labels, scores.shape[1])

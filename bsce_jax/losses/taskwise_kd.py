@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bsce_jax.log_prior import EXCLUDED
+from bsce_jax.norms import widened
 
 NEEDS_OLD_CLASSES = True
 """The term is absent from the program of the base step."""
@@ -55,7 +56,7 @@ def _log_softmax(
     what they differ by, is exactly 0.
     """
     old = task_ids >= 0
-    logits = logits.astype(jnp.result_type(logits, jnp.float32))
+    logits = widened(logits)
     scores = jnp.where(old[None, :], logits / temperature, EXCLUDED)
     # The maximum of each task, or a task far below another's would vanish. It needs no
     # gradient, which also keeps the transposes of both of these, scatters, out.

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bsce_jax.norms import normalise
+from bsce_jax.norms import normalise, widened
 
 NEEDS_OLD_CLASSES = True
 NEEDS_TEACHER = True
@@ -36,7 +36,7 @@ def topology(
     weights = (pairs & there[:, None] & there[None, :]).astype(jnp.float32)
 
     def edges(vectors: jax.Array) -> jax.Array:
-        directions = normalise(vectors.astype(jnp.result_type(vectors, jnp.float32)))
+        directions = normalise(widened(vectors))
         cosines = jnp.dot(directions, directions.T)
         mean = jnp.sum(weights * cosines) / jnp.maximum(jnp.sum(weights), 1)
         centred = weights * (cosines - mean)

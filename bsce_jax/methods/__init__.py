@@ -35,6 +35,7 @@ On the host, NumPy arrays in and out, once a step:
 
 And constants:
 
+* ``ABOUT``: what it is in a few words, see `About`.
 * ``OPTIONS``: its own settings, name -> default; they are `config.options`.
 * ``LIMITS``: name -> (least, most) of those that have any, None = no bound.
 * ``HEADS``: names of the heads it can work with.

@@ -42,21 +42,22 @@ def initial(sizes: Sizes, shrinkage: float) -> Own:
 
 
 def finish(step: Step) -> Network:
-    """Takes in the new classes' features, in random order."""
+    """Takes in the new classes' features, those of later steps in random order."""
     found = step.new_features()
-    order = step.rng.permutation(sum(map(len, found)))
-    features = np.concatenate(found).astype(np.float64)[order]
-    sizes = [len(part) for part in found]
-    labels = np.repeat(np.arange(step.num_old, step.num_seen), sizes)[order]
     kept = {k: np.array(v, np.float64) for k, v in step.network.extra.items()}
     means, samples = kept["means"], int(kept["samples"])
     covariance, counts = kept["covariance"], kept["counts"].astype(np.int64)
     if step.number == 0:
         for position, part in enumerate(found):
-            means[position], counts[position] = part.mean(axis=0), len(part)
-        covariance = slda.shrunk_covariance(features - means[labels])
-        samples = len(features)
+            means[position] = part.mean(axis=0, dtype=np.float64)
+            counts[position] = len(part)
+        centred = np.concatenate([p - means[c] for c, p in enumerate(found)])
+        covariance, samples = slda.shrunk_covariance(centred), len(centred)
     else:
+        order = step.rng.permutation(sum(map(len, found)))
+        features = np.concatenate(found).astype(np.float64)[order]
+        sizes = [len(part) for part in found]
+        labels = np.repeat(np.arange(step.num_old, step.num_seen), sizes)[order]
         covariance, means, counts, samples = slda.stream(
             covariance, means, counts, samples, features, labels
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from etils import epath
 
-from bsce_jax import untrusted
+from bsce_jax import terminal, untrusted
 from bsce_jax.errors import UserError
 from bsce_jax.report import cells, results
 
@@ -122,4 +122,4 @@ def _defaults(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    terminal.run(main)

@@ -11,7 +11,8 @@ from importlib import resources
 from typing import Any, NamedTuple, NoReturn
 
 FILE_NAME = "published.json"
-# What a column can compare with: names of a run's `summary` in results.json.
+# What a column can compare with: names of a run's `summary` in results.json, and what
+# `cells.value` takes from its steps.
 METRICS = (
     "average_incremental_top1",
     "average_incremental_top5",

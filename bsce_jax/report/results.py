@@ -38,7 +38,7 @@ positions in the class order:
                               the phase that learns it; [] where alpha is not learned
     own                       {name: value} of the scalars that the method has learned
                               beside the network; {} for most methods
-    parameters_sha256         of the parameters after the step
+    parameters_sha256         of all arrays of the network after the step
     confusion                 [[true, predicted, images], ...] in the newest record
                               only, pairs that never occur left out
 

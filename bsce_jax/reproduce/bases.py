@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from etils import epath
 
-from bsce_jax.checkpoints import part, store
+from bsce_jax.checkpoints import manifest, part, store
 from bsce_jax.errors import UserError
 from bsce_jax.report import results
 from bsce_jax.report.schema import upgraded
@@ -15,29 +15,44 @@ from bsce_jax.reproduce.tables import Job
 from bsce_jax.run.progress import finished_checkpoint
 
 FOLDER = "bases"  # of networks alone; whole runs are in "runs"
+_OPTIMISER = "state/opt_state/"
 
 
 class BaseSteps:
     """The finished base steps in an output folder, by hash; files are read once."""
 
-    def __init__(self, output: pathlib.Path) -> None:
-        """Reads nothing yet."""
+    def __init__(self, output: pathlib.Path, jobs: Sequence[Job] = ()) -> None:
+        """Reads nothing yet; `jobs` are those that may start from one."""
         self._output = output
+        self._optimised = {job.base_hash for job in jobs if _goes_on(job)}
         self._known: dict[str, tuple[tuple[int, int], str]] = {}
 
     def scan(self) -> dict[str, str]:
         """For each base hash a folder with a checkpoint to start from, in the output.
 
-        One of the network alone before a run's, which may have come without it.
+        One of the network alone before a run's, which may have come without it; and
+        where a job goes on with the optimiser of the base step, one that has that too.
         """
         found: dict[str, str] = {}
         for kind in (FOLDER, "runs"):
             folders = self._output / kind
             for folder in sorted(folders.iterdir()) if folders.is_dir() else ():
                 key = self._read(folder)
-                if key and any((folder / store.FOLDER).glob("*")):
-                    found.setdefault(key, f"{kind}/{folder.name}")
+                if key not in found and key and self._suffices(folder, key):
+                    found[key] = f"{kind}/{folder.name}"
         return found
+
+    def _suffices(self, folder: pathlib.Path, key: str) -> bool:
+        """Whether there is a checkpoint with all that jobs of the hash go on with."""
+        checkpoints = epath.Path(folder / store.FOLDER)
+        if key not in self._optimised:
+            return any(checkpoints.glob("*"))
+        try:
+            number = finished_checkpoint(checkpoints, 0)
+            arrays = manifest.read(checkpoints / str(number))["arrays"]
+        except UserError:
+            return False
+        return any(name.startswith(_OPTIMISER) for name in arrays)
 
     def has_step(self, name: str) -> bool:
         """Whether a run has finished a step itself; as of the last scan."""
@@ -79,7 +94,7 @@ def keep_networks(
     problems = []
     for key, folder in found.items():
         kept = output / FOLDER / key[:16]
-        if folder.startswith(FOLDER) or kept.exists():
+        if folder.startswith(FOLDER):
             continue
         try:
             _keep_network(output / folder, key, kept, jobs)
@@ -95,7 +110,7 @@ def _keep_network(
     """Copies one network, with the optimiser's state where a job needs it."""
     parts: tuple[str, ...] = ("state/network/",)
     if any(job.base_hash == key and _goes_on(job) for job in jobs):
-        parts += ("state/opt_state/",)
+        parts += (_OPTIMISER,)
     checkpoints = epath.Path(folder / store.FOLDER)
     number = finished_checkpoint(checkpoints, 0)
     new = kept.with_name(f".{kept.name}.new")
@@ -104,6 +119,7 @@ def _keep_network(
     part.copy(checkpoints, number, new / store.FOLDER, parts)
     meta = store.read_meta(checkpoints, number)
     results.write(new, upgraded(meta["results"]))
+    shutil.rmtree(kept, ignore_errors=True)  # one that lacks what is wanted now
     new.rename(kept)
 
 

@@ -104,7 +104,7 @@ class Rows:
         """
         self._jobs, self._output, self._shared = jobs, output, shared
         self._show, self._changed, self._export = show, changed, export
-        self._bases = BaseSteps(output)
+        self._bases = BaseSteps(output, jobs)
         self._ahead: dict[str, Future[bool]] = {}
         self.states = {job.name: state(output, job) for job in jobs}
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 
 from bsce_jax import untrusted
+from bsce_jax.config import files
 from bsce_jax.reproduce import tables
 from bsce_jax.reproduce.tables import Job
 
@@ -31,7 +32,7 @@ class Process:
         self.log.parent.mkdir(exist_ok=True)
         command = tables.command(job, workdir(job.name), base)
         # In the output folder, so that what a run writes names no other folder.
-        paths = [str(tables.SOURCE), os.environ.get("PYTHONPATH", "")]
+        paths = [str(files.PACKAGE), os.environ.get("PYTHONPATH", "")]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),

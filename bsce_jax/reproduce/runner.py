@@ -47,7 +47,7 @@ class Runner:
         """
         self._jobs, self._output, self._at_once = jobs, output, at_once
         self._show, self._changed = show, changed
-        self._bases = BaseSteps(output)
+        self._bases = BaseSteps(output, jobs)
         self.states = {job.name: state(output, job) for job in jobs}
         self._active: list[Process] = []
         # Updates done, of each job that is neither done nor to do from its start.

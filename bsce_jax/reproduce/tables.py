@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from bsce_jax.config import files
 from bsce_jax.config.flags import parse
 from bsce_jax.config.hashes import config_hash, flatten
 from bsce_jax.config.resolve import resolve
@@ -28,8 +29,6 @@ from bsce_jax.run import dataset, phases
 from bsce_jax.run.base_hash import base_hash
 from bsce_jax.run.loop import make_training
 from bsce_jax.run.shared import Shared
-
-SOURCE = pathlib.Path(__file__).resolve().parents[2]  # what holds the package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +113,7 @@ def configs_folder() -> pathlib.Path:
     Raises:
       UserError: there is none.
     """
-    for parent in (SOURCE, pathlib.Path.cwd()):
+    for parent in (files.PACKAGE, pathlib.Path.cwd()):
         if (parent / "configs" / "tables").is_dir():
             return parent / "configs"
     raise UserError("no configs/tables: run in the folder of the source tree")
@@ -341,5 +340,5 @@ def command(job: Job, workdir: str, base: str = "") -> list[str]:
 
 def shown_command(flags: Iterable[str]) -> str:
     """The command of a job for readers, from the folder of the source tree."""
-    flags = (flag.replace(f"--config={SOURCE}/", "--config=") for flag in flags)
+    flags = (flag.replace(f"--config={files.PACKAGE}/", "--config=") for flag in flags)
     return shlex.join(["python", "-m", "bsce_jax.main", *flags])

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from bsce_jax import methods
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import Network, PyTree, TrainState
 from bsce_jax.compute.views import VIEWS
@@ -107,7 +108,8 @@ def _inference(plan: Plan, network: Network) -> Iterator[Call]:
         programs.evaluate,
         _shapes(plan, (network, context, plan.test.resident, rows[0])),
     )
-    if plan.config.memory.kind != "none":
+    hooks = {"begin", "finish"} & vars(methods.module(plan.config.method)).keys()
+    if plan.config.memory.kind != "none" or hooks:
         view = parallel.replicate(programs.devices, np.int32(VIEWS.index("plain")))
         yield (
             programs.features,

@@ -7,8 +7,8 @@ from ml_collections import ConfigDict
 
 from bsce_jax.config import terms
 from bsce_jax.config.hashes import base_fields, digest, flatten
-from bsce_jax.run.dataset import Dataset, held_out_once
-from bsce_jax.run.phases import configured
+from bsce_jax.run.dataset import Dataset
+from bsce_jax.run.phases import configured, held_out_once
 
 
 def base_hash(config: ConfigDict, dataset: Dataset) -> str:

@@ -1,18 +1,17 @@
 """What a run learns from: images in class order, and the classes of each step."""
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from bsce_jax import memory, scenario
-from bsce_jax.config import priors
+from bsce_jax import scenario
 from bsce_jax.data import decode, resident, source
 from bsce_jax.errors import UserError, field_error
+from bsce_jax.run import quotas
 
 _SHOWN = 5  # classes named in a message
 
@@ -46,7 +45,7 @@ class Split:
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set in the class order of an experiment; labels are positions in it.
 
@@ -132,7 +131,7 @@ def load(config: ConfigDict, processes: int = 1) -> Dataset:
                 f"config.scenario.subset={config.scenario.subset!r}: expected all, "
                 f"because {data.name} has {len(names)} classes, not 1000"
             )
-    with _named("scenario"):
+    with quotas.named("scenario"):
         order = used[class_order(config, len(used))]
         groups = scenario.class_groups(
             len(order), config.scenario.base_classes, config.scenario.steps
@@ -195,20 +194,11 @@ def regrouped(config: ConfigDict, dataset: Dataset) -> Dataset:
       UserError: the scenario does not fit the data set.
     """
     s = config.scenario
-    with _named("scenario"):
+    with quotas.named("scenario"):
         groups = scenario.class_groups(dataset.num_classes, s.base_classes, s.steps)
     found = dataclasses.replace(dataset, groups=groups)
     check(config, found)
     return found
-
-
-@contextlib.contextmanager
-def _named(section: str) -> Iterator[None]:
-    """Gives errors of functions that know no configuration the field's whole name."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"config.{section}.{error}") from None
 
 
 def _check_every_class(
@@ -303,13 +293,13 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
         )
     images = dataset.images_per_class
     field = "per_class" if config.memory.kind == "growing" else "budget"
-    with _named("memory"):
+    with quotas.named("memory"):
         for group in dataset.groups:
-            memory_per_class(config, group.stop)
-    most = most_held_out(config, dataset)
-    reserved = most if held_once(config) else 0
+            quotas.memory_per_class(config, group.stop)
+    most = quotas.most_held_out(config, dataset.groups)
+    reserved = most if quotas.held_once(config) else 0
     for group in dataset.groups:
-        size = exemplars_per_class(config, group.stop) + reserved
+        size = quotas.exemplars_per_class(config, group.stop) + reserved
         few = np.flatnonzero(images[: group.stop] < size)
         if len(few):
             raise field_error(
@@ -318,67 +308,3 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
                 f"no more than the training images: {size} exemplars a class, but "
                 f"class {dataset.class_names[few[0]]!r} has {images[few[0]]}",
             )
-
-
-def holds_out(config: ConfigDict) -> bool:
-    """Whether some of a step's images are kept for alpha, or for a phase."""
-    return priors.learns_alpha(config) or any(
-        phase.images == "held_out" and phase.epochs for phase in config.phase.values()
-    )
-
-
-def memory_per_class(config: ConfigDict, num_seen: int) -> int:
-    """Images of each class that memory keeps once `num_seen` classes are learned."""
-    m = config.memory
-    return memory.quota(m.kind, m.per_class, m.budget, num_seen)
-
-
-def held_out_per_class(config: ConfigDict, num_old: int) -> int:
-    """Images of each class held out in a step that begins with `num_old` classes.
-
-    Raises:
-      UserError: too few exemplars for one of them to be held out.
-    """
-    size = memory_per_class(config, num_old)
-    if not (size and holds_out(config)):
-        return 0
-    with _named("meta"):
-        return priors.held_out_per_class(config, size)
-
-
-def exemplars_per_class(config: ConfigDict, num_seen: int) -> int:
-    """Exemplars of each class that are chosen for a memory of `num_seen` classes.
-
-    All that it keeps but those held out once and for all, which count as exemplars.
-    """
-    size = memory_per_class(config, num_seen)
-    return size - held_out_per_class(config, num_seen) if held_once(config) else size
-
-
-def held_once(config: ConfigDict) -> bool:
-    """Whether images are held out once and for all, and not anew in every step."""
-    return config.memory.held_out == "once" and holds_out(config)
-
-
-def most_held_out(config: ConfigDict, dataset: Dataset) -> int:
-    """The most images of a class that a step holds out.
-
-    Raises:
-      UserError: too few exemplars for one of them to be held out.
-    """
-    steps = [held_out_per_class(config, group.stop) for group in dataset.groups[:-1]]
-    return max(steps, default=0)
-
-
-def held_out_once(config: ConfigDict, dataset: Dataset) -> np.ndarray:
-    """Training images that no phase but one on held-out images learns from.
-
-    Returns:
-      int32 [C, R]: of each class the R that the step which holds out the most does, as
-      BiC's code has it; a step takes the first of them. R is 0 where they are drawn
-      anew in each step.
-    """
-    most = most_held_out(config, dataset) if held_once(config) else 0
-    if not most:
-        return np.zeros((dataset.num_classes, 0), np.int32)
-    return memory.reserved(dataset.train_labels, dataset.num_classes, most, config.seed)

@@ -125,7 +125,8 @@ class Streamed:
         streaming.shield_from_signals()  # in the thread of `groups`
         own = _local_images(self.devices, plan)
         # B_t of Meta has few images: processes of its own would only take memory.
-        workers = 0 if isinstance(plan, batches.Cycled) else self.workers
+        held_out = isinstance(plan, batches.Cycled) and plan.stream == batches.CYCLED
+        workers = 0 if held_out else self.workers
         source = streaming.read(
             self.reader, plan, own, start, workers=workers, skip=self.skip
         )

@@ -9,10 +9,10 @@ import numpy as np
 from bsce_jax import memory, methods
 from bsce_jax.compute.state import Network
 from bsce_jax.run import evaluate
-from bsce_jax.run.dataset import exemplars_per_class
 from bsce_jax.run.feed import create
 from bsce_jax.run.phases import new_images, training_set
 from bsce_jax.run.progress import Progress
+from bsce_jax.run.quotas import exemplars_per_class
 from bsce_jax.run.setup import Run
 
 # Keep these streams of random numbers apart from the others.
@@ -86,6 +86,8 @@ def replace_images(run: Run, progress: Progress) -> None:
     if hook is None:
         return
     indices, images = hook(jax.device_get(progress.state.network))
+    if not len(indices):
+        return
     train = run.dataset.train
     assert train.images is not None
     changed = train.images.copy()

@@ -52,6 +52,10 @@ class Monitor:
         self._step_started, self._images, self._training = time.time(), 0, 0.0
         self._earlier, self._last_call = seconds, None
 
+    def begin_phase(self) -> None:
+        """What was done since the phase before, and a compile, is not training."""
+        self._last_call = None
+
     def step_seconds(self) -> float:
         """Wall clock of the step, of earlier processes up to their checkpoint too."""
         return self._earlier + time.time() - self._step_started
@@ -126,7 +130,6 @@ class Monitor:
             "started": self._started,
             "finished": now,
             "compiles": dict(sorted(self._compiles.items())),
-            "seed_varies": "initialisation, data order, augmentation",
             **self._environment,
         }
 

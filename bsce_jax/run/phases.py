@@ -5,6 +5,7 @@ steps in which it runs. What a phase trains on are indices into the training ima
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,11 +15,12 @@ from bsce_jax import memory
 from bsce_jax.compute import optim
 from bsce_jax.config import priors
 from bsce_jax.data import sampling
-from bsce_jax.run.dataset import (
-    Dataset,
+from bsce_jax.run.dataset import Dataset
+from bsce_jax.run.quotas import (
     exemplars_per_class,
-    held_out_once,
+    held_once,
     held_out_per_class,
+    most_held_out,
 )
 
 
@@ -191,6 +193,28 @@ class TrainingSet:
     train: np.ndarray
     held_out: np.ndarray
     exemplars: int
+
+
+def held_out_once(config: ConfigDict, dataset: Dataset) -> np.ndarray:
+    """Training images that no phase but one on held-out images learns from.
+
+    Returns:
+      int32 [C, R]: of each class the R that the step which holds out the most does, as
+      BiC's code has it; a step takes the first of them. R is 0 where they are drawn
+      anew in each step.
+    """
+    most = most_held_out(config, dataset.groups) if held_once(config) else 0
+    if not most:
+        return np.zeros((dataset.num_classes, 0), np.int32)
+    return _reserved(dataset, most, config.seed)
+
+
+@functools.lru_cache(maxsize=4)
+def _reserved(dataset: Dataset, count: int, seed: int) -> np.ndarray:
+    """Kept, since many ask and a large data set takes its time."""
+    found = memory.reserved(dataset.train_labels, dataset.num_classes, count, seed)
+    found.setflags(write=False)
+    return found
 
 
 def new_images(config: ConfigDict, dataset: Dataset, step: int) -> list[np.ndarray]:

@@ -16,8 +16,8 @@ from bsce_jax.compute.state import OWN, Array, Network, PyTree
 from bsce_jax.config import priors, terms
 from bsce_jax.data import augment
 from bsce_jax.models import convolution
-from bsce_jax.run.dataset import exemplars_per_class
 from bsce_jax.run.phases import configured
+from bsce_jax.run.quotas import exemplars_per_class
 
 
 @dataclasses.dataclass(frozen=True)

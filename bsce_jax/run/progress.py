@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -233,8 +234,20 @@ def take_over(run: Run, progress: Progress) -> Progress:
     return dataclasses.replace(
         progress,
         state=parallel.replicate(run.devices, state),
-        histories=_histories(found.meta),
+        histories=_taken(run, _histories(found.meta)),
     )
+
+
+def _taken(run: Run, histories: Mapping[str, History]) -> dict[str, History]:
+    """Those of phases that train the model: this run trains what is its method's own.
+
+    Up to the first that does not.
+    """
+    moving = itertools.takewhile(
+        lambda phase: any(rate for group, rate in phase.rate.items() if group != OWN),
+        run.phases_of(0),
+    )
+    return {phase.name: histories[phase.name] for phase in moving}
 
 
 def finished_checkpoint(folder: epath.Path, step: int) -> int:

@@ -11,9 +11,9 @@ from bsce_jax.compute import parallel
 from bsce_jax.compute.state import OWN, Network
 from bsce_jax.report import results
 from bsce_jax.run import evaluate
-from bsce_jax.run.dataset import exemplars_per_class
 from bsce_jax.run.phases import training_set
 from bsce_jax.run.progress import Progress
+from bsce_jax.run.quotas import exemplars_per_class
 from bsce_jax.run.setup import Run
 
 

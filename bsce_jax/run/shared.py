@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from bsce_jax.compute import graphs, parallel
@@ -47,8 +46,7 @@ class Program:
         Returns:
           True: it is there, see `graphs.Update.compile`.
         """
-        leaves, structure = jax.tree.flatten(shapes)
-        key = structure, tuple((leaf.shape, leaf.dtype.name) for leaf in leaves)
+        key = graphs.shapes_of(shapes)
         with self._lock:
             if key not in self._compiled:
                 self._function.lower(*shapes).compile()
