@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bsce_jax.compute.state import Batch
+from bsce_jax.errors import UserError
 
 module = importlib.import_module("bsce_jax.losses.sigmoid_bce")
 function = jax.jit(module.sigmoid_binary_cross_entropy)
@@ -133,6 +134,18 @@ def test_unseen_classes_and_padding_rows_do_not_matter() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_authors_divide_by_all_classes() -> None:
+    rng = np.random.default_rng(5)
+    batch = Batch(None, jnp.asarray(LABELS), jnp.ones(B))
+    context = types.SimpleNamespace(old=jnp.asarray(OLD), seen=jnp.asarray(SEEN))
+    student = {"logits": jnp.asarray(rng.normal(size=(B, C)))}
+    seen, _ = module.term(student, None, batch, context)
+    found, _ = module.term(student, None, batch, context, outputs="all")
+    np.testing.assert_allclose(found, seen * 6 / 7, rtol=1e-6)
+    with pytest.raises(UserError, match="outputs='new', allowed: seen, all"):
+        module.term(student, None, batch, context, outputs="new")
+
+
 def test_computed_in_float32(dtype: type) -> None:
     """The teacher's probabilities too, which half precision would round."""
     rng = np.random.default_rng(1)

@@ -6,8 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bsce_jax.errors import UserError
 from bsce_jax.losses.softmax_ce import label_mask
 from bsce_jax.norms import widened
+
+OUTPUTS = ("seen", "all")
+"""What the mean is over: the classes learned so far, or the whole class axis."""
+
+LIMITS = {"outputs": OUTPUTS}
 
 
 def sigmoid_binary_cross_entropy(
@@ -17,8 +23,7 @@ def sigmoid_binary_cross_entropy(
 
     Classification and distillation in one (iCaRL, Algorithm 3), depending on the
     targets. The printed sum over the classes is divided by their number, as in the
-    code of inclearn; that of the authors divides by the number of all classes, seen or
-    not.
+    code of inclearn; for that of the authors see `term`.
 
     Args:
       logits: ``[batch, classes]``, any floating dtype.
@@ -44,6 +49,8 @@ def term(
     teacher: Mapping[str, Any] | None,
     batch: Any,
     context: Any,
+    *,
+    outputs: str = "seen",
 ) -> tuple[jax.Array, jax.Array]:
     """iCaRL's loss as a term of a training step.
 
@@ -56,10 +63,19 @@ def term(
         base step, where all targets are one-hot.
       batch: ``labels`` [batch] int and ``valid`` [batch] (0 for padding rows).
       context: ``old`` and ``seen`` [classes] bool.
+      outputs: "seen", inclearn's mean over the classes seen; or "all", the authors',
+        whose sum is divided by the number of all classes from the first step on. (They
+        also train the outputs of classes to come, towards 0.)
 
     Returns:
       Values and weights, both ``[batch]``; sum(w * v) / sum(w) is the loss.
+
+    Raises:
+      UserError: `outputs` has no such value.
     """
+    if outputs not in OUTPUTS:
+        names = ", ".join(OUTPUTS)
+        raise UserError(f"sigmoid_bce: outputs={outputs!r}, allowed: {names}")
     logits = student["logits"]
     dtype = jnp.result_type(logits, jnp.float32)
     is_label = label_mask(batch.labels, logits.shape[1])
@@ -68,4 +84,6 @@ def term(
         known = jax.nn.sigmoid(teacher["logits"].astype(dtype))
         targets = jnp.where(context.old[None, :], known, targets)
     values = sigmoid_binary_cross_entropy(logits, targets, context.seen)
+    if outputs == "all":
+        values *= jnp.sum(context.seen) / logits.shape[1]
     return values, batch.valid
