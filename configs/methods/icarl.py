@@ -2,9 +2,10 @@
 
 Sources: the authors' code (Theano for CIFAR-100, TensorFlow for ImageNet). Its L2 term
 is 1e-5 times the sum of the squared weights in Theano, so that the weight decay is
-2e-5, and half of that sum in TensorFlow. Features have no last ReLU. The loss is divided
-by the number of all classes, which their learning rate of 2 goes with: with that of the
-classes seen (inclearn) training suffers; see docs/methods.md. iCaRL's budget is fixed (`--config.memory.kind=fixed`); in Table 1 it grows.
+2e-5, and half of that sum in TensorFlow. Features have no last ReLU. The loss is
+divided by the number of all classes, which their learning rate of 2 goes with: with
+that of the classes seen (inclearn) training suffers; see docs/methods.md. iCaRL's
+budget is fixed (`--config.memory.kind=fixed`); in Table 1 it grows.
 """
 
 from ml_collections import ConfigDict
