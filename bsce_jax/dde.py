@@ -17,6 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from bsce_jax.neighbours import nearest
 from bsce_jax.norms import normalise
 
+OPTIONS = {"share": 0.5, "momentum": 0.9, "pool": 0}
+"""Of both methods that have it: see `total_direct_effect`, `forward`, `companions`."""
+
+LIMITS = {"share": (0, 10), "momentum": (0, 1), "pool": (0, None)}
+
 Head = Callable[[jax.Array], jax.Array]
 """From features [N, D] to logits [N, classes]."""
 
@@ -27,7 +32,12 @@ def initial(size: int) -> dict[str, NDArray]:
 
 
 def companions(
-    features: ArrayLike, labels: NDArray, num_old: int, count: int, pool: int
+    features: ArrayLike,
+    labels: NDArray,
+    num_old: int,
+    count: int,
+    pool: int,
+    **options: Any,
 ) -> NDArray[np.int32]:
     """Neighbours of each image of an epoch among the new classes' images.
 
@@ -38,6 +48,7 @@ def companions(
       count: K, neighbours of an image.
       pool: only the first `pool` places may be found; 0 = all. (The authors' code has
         10,000 where there are more than 500 classes.)
+      **options: the others of OPTIONS, not used.
 
     Returns:
       int32 [N, K] places, the nearest first; -1 = none, as where there is no image.

@@ -100,7 +100,8 @@ def test_a_field_inside_of_another_is_one_line_or_unheard_of(name: str) -> None:
 
 def test_predictions_miss_no_field_without_a_word(tmp_path: pathlib.Path) -> None:
     made = make_results() | {"config": flat()}
-    for name in ("method", "model.name", "data.std", "options.halves", "optim.clip"):
+    section_of_each = ("method", "model.name", "data.std", "options.halves")
+    for name in (*section_of_each, "optim.clip", "prior", "meta.fraction"):
         message = f"config.{name} is missing"
         refused(tmp_path, changed(made, f"config/{name}", MISSING), message)
 

@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-from numpy.typing import NDArray
 
 from bsce_jax import dde
 from bsce_jax.compute.state import Network
@@ -21,8 +20,9 @@ ABOUT = About(
 
 
 HEADS = ("local_similarity",)
-OPTIONS = {"share": 0.5, "momentum": 0.9, "pool": 0}
-LIMITS = {"share": (0, 10), "momentum": (0, 1), "pool": (0, None)}
+OPTIONS, LIMITS = dde.OPTIONS, dde.LIMITS
+
+companions = dde.companions
 
 
 def initial(sizes: Sizes, **options: Any) -> Own:
@@ -34,13 +34,6 @@ def begin(step: Step) -> Network:
     """New proxies are centres of k-means; the moving mean starts anew."""
     network = clustered(step)
     return network.replace(extra=dde.initial(len(network.extra["h"])))
-
-
-def companions(
-    features: NDArray, labels: NDArray, num_old: int, count: int, **options: Any
-) -> NDArray:
-    """Neighbours among the new classes' images."""
-    return dde.companions(features, labels, num_old, count, options["pool"])
 
 
 def _head(params: dict[str, jax.Array]) -> dde.Head:
