@@ -35,6 +35,7 @@ PHASE = Phase(
     steps="later",
     images="training",
     epochs=3,
+    batch_size=4,
     first_epoch=0,
     rates=RATES,
     by_step="constant",
