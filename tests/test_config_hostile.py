@@ -110,6 +110,7 @@ def test_options_of_terms(term, option):
     def given(value):
         config = example("lucir" if term in ("nca", "margin_ranking") else "geodl")
         config.terms[term] = ConfigDict({"weight": 1.0})
+        config.model.auxiliary = 4 if term == "rotation_ce" else 0
         name = f"terms.{term}.{option}"
         try:
             resolve(put(config, name, value))

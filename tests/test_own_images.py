@@ -59,7 +59,7 @@ def test_four_commands_from_photographs_to_predictions(photographs):
     assert "my_birds is prepared in" in shell(prepare, photographs)
 
     found = shell(plan + short, photographs)
-    assert re.search(r"\d+ updates of 32 images at [\d.]+ ms: about", found)
+    assert re.search(r"\d+ updates of 32 images, .* at [\d.]+ ms: about", found)
     workdir = photographs / "runs" / "my_birds"
     assert not (workdir / "results.json").exists()
 
