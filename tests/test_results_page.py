@@ -29,7 +29,14 @@ RAW = {
     ),
     "CIFAR-100 at full resolution, every schedule divided by 50": (
         "cifar100_short",
-        {"none (softmax)": "il_baseline-none", "balanced": "il_baseline-balanced"},
+        {
+            "IL-Baseline": "il_baseline-none",
+            "IL-Baseline + BalancedS-CE": "il_baseline-balanced",
+            "IL-Baseline + Meta": "il_baseline-meta",
+            "IL-Baseline + alpha = 0.5": "il_baseline-weighted",
+            "LUCIR": "lucir-none",
+            "LUCIR + BalancedS-CE": "lucir-balanced",
+        },
     ),
     "CIFAR-100, reduced, on two CPU cores": (
         "cifar100_cpu",
