@@ -5,7 +5,7 @@ steps in which it runs. What a phase trains on are indices into the training ima
 """
 
 import dataclasses
-import functools
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -209,12 +209,20 @@ def held_out_once(config: ConfigDict, dataset: Dataset) -> np.ndarray:
     return _reserved(dataset, most, config.seed)
 
 
-@functools.lru_cache(maxsize=4)
+# As long as there is the data set: many ask, and a large one takes its time.
+_known: weakref.WeakKeyDictionary[Dataset, dict[tuple[int, int], np.ndarray]]
+_known = weakref.WeakKeyDictionary()
+
+
 def _reserved(dataset: Dataset, count: int, seed: int) -> np.ndarray:
-    """Kept, since many ask and a large data set takes its time."""
-    found = memory.reserved(dataset.train_labels, dataset.num_classes, count, seed)
-    found.setflags(write=False)
-    return found
+    """`memory.reserved` of a data set, drawn once; read-only."""
+    drawn = _known.setdefault(dataset, {})
+    if (count, seed) not in drawn:
+        classes = dataset.num_classes
+        found = memory.reserved(dataset.train_labels, classes, count, seed)
+        found.setflags(write=False)
+        drawn[count, seed] = found
+    return drawn[count, seed]
 
 
 def new_images(config: ConfigDict, dataset: Dataset, step: int) -> list[np.ndarray]:
