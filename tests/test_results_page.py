@@ -36,6 +36,7 @@ RAW = {
             "IL-Baseline + alpha = 0.5": "il_baseline-weighted",
             "LUCIR": "lucir-none",
             "LUCIR + BalancedS-CE": "lucir-balanced",
+            "PODNet": "podnet-none",
         },
     ),
     "CIFAR-100, reduced, on two CPU cores": (
