@@ -1,5 +1,7 @@
 """Errors that are the user's to mend: one clear line, no traceback."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 _SHOWN = 200  # characters of a value
@@ -38,3 +40,12 @@ def field_error(name: str, value: Any, allowed: str) -> UserError:
     if len(shown) > _SHOWN:
         shown = f"{shown[: _SHOWN - 3]}..."
     return UserError(f"config.{name}={shown}: expected {allowed}")
+
+
+@contextlib.contextmanager
+def named_section(section: str) -> Iterator[None]:
+    """Gives errors of functions that know no configuration the field's whole name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"config.{section}.{error}") from None

@@ -3,11 +3,14 @@
 import numpy as np
 from ml_collections import ConfigDict
 
-from bsce_jax.config.fields import default_config
+from bsce_jax.config.fields import default_config, phase
 from bsce_jax.config.resolve import resolve
 from bsce_jax.run.dataset import Dataset, Split
 from bsce_jax.run.phases import StepData, configured, step_data
 from bsce_jax.scenario import class_groups
+
+HELD_OUT = {"bias": phase(images="held_out", epochs=2)}
+"""A phase on held-out images, for `config`."""
 
 
 def config(phases: dict[str, ConfigDict] | None = None, **values) -> ConfigDict:

@@ -5,6 +5,8 @@
 NumPy's.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from ml_collections import ConfigDict
 from numpy.typing import NDArray
@@ -107,6 +109,10 @@ def learns_alpha(config: ConfigDict) -> bool:
 
 def learns_alpha_in(config: ConfigDict, phase: ConfigDict) -> bool:
     """Whether alpha is learned in a phase: on the training set, where a network is."""
-    moving = any(rate for group, rate in phase.rate.items() if group != "own")
     later = phase.steps == "later" and phase.images == "training"
-    return learns_alpha(config) and later and moving
+    return learns_alpha(config) and later and moves_network(phase.rate)
+
+
+def moves_network(rates: Mapping[str, float]) -> bool:
+    """Whether a phase trains more than what is a method's own, by its groups' rates."""
+    return any(rate for group, rate in rates.items() if group != "own")

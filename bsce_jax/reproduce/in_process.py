@@ -58,11 +58,12 @@ def configure(jobs: Sequence[Job], output: pathlib.Path) -> pathlib.Path | None:
     jax_settings.keep_compiled(config, alone=True)
     jax_settings.require_devices()
     os.environ.update(absolute_folders())  # runs are in the folder `output`
-    folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if not folder:
+    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not given:
         return None
-    jax.config.update("jax_compilation_cache_dir", absolute(folder))
-    return pathlib.Path(absolute(folder))
+    folder = absolute(given)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    return pathlib.Path(folder)
 
 
 def devices() -> str:
@@ -196,14 +197,14 @@ class Rows:
         """Brings the export up to date."""
         if self._export is None:
             return
-        networks = lambda: keep_networks(  # noqa: E731
-            self._output, self._bases.scan(), self._jobs
-        )
-        for pack in (networks, self._export.write):
+        for pack in (self._keep_networks, self._export.write):
             try:
                 pack()
             except (UserError, OSError) as error:
                 self._show(f"not exported: {error}")  # the runs matter more
+
+    def _keep_networks(self) -> None:
+        keep_networks(self._output, self._bases.scan(), self._jobs)
 
 
 @contextlib.contextmanager

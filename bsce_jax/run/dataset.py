@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from bsce_jax import scenario
 from bsce_jax.data import decode, resident, source
-from bsce_jax.errors import UserError, field_error
+from bsce_jax.errors import UserError, field_error, named_section
 from bsce_jax.run import quotas
 
 _SHOWN = 5  # classes named in a message
@@ -131,7 +131,7 @@ def load(config: ConfigDict, processes: int = 1) -> Dataset:
                 f"config.scenario.subset={config.scenario.subset!r}: expected all, "
                 f"because {data.name} has {len(names)} classes, not 1000"
             )
-    with quotas.named("scenario"):
+    with named_section("scenario"):
         order = used[class_order(config, len(used))]
         groups = scenario.class_groups(
             len(order), config.scenario.base_classes, config.scenario.steps
@@ -194,7 +194,7 @@ def regrouped(config: ConfigDict, dataset: Dataset) -> Dataset:
       UserError: the scenario does not fit the data set.
     """
     s = config.scenario
-    with quotas.named("scenario"):
+    with named_section("scenario"):
         groups = scenario.class_groups(dataset.num_classes, s.base_classes, s.steps)
     found = dataclasses.replace(dataset, groups=groups)
     check(config, found)
@@ -293,7 +293,7 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
         )
     images = dataset.images_per_class
     field = "per_class" if config.memory.kind == "growing" else "budget"
-    with quotas.named("memory"):
+    with named_section("memory"):
         for group in dataset.groups:
             quotas.memory_per_class(config, group.stop)
     most = quotas.most_held_out(config, dataset.groups)

@@ -14,6 +14,7 @@ from etils import epath
 from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel
 from bsce_jax.compute.state import OWN, Network, PyTree, TrainState
+from bsce_jax.config import priors
 from bsce_jax.config.hashes import base_fields, differences
 from bsce_jax.errors import UserError
 from bsce_jax.report import results
@@ -244,8 +245,7 @@ def _taken(run: Run, histories: Mapping[str, History]) -> dict[str, History]:
     Up to the first that does not.
     """
     moving = itertools.takewhile(
-        lambda phase: any(rate for group, rate in phase.rate.items() if group != OWN),
-        run.phases_of(0),
+        lambda phase: priors.moves_network(phase.rate), run.phases_of(0)
     )
     return {phase.name: histories[phase.name] for phase in moving}
 

@@ -1,22 +1,12 @@
 """How many images of each class memory keeps, and how many of them are held out."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
 from bsce_jax import memory
 from bsce_jax.config import priors
-from bsce_jax.errors import UserError, field_error
-
-
-@contextlib.contextmanager
-def named(section: str) -> Iterator[None]:
-    """Gives errors of functions that know no configuration the field's whole name."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"config.{section}.{error}") from None
+from bsce_jax.errors import field_error, named_section
 
 
 def holds_out(config: ConfigDict) -> bool:
@@ -48,7 +38,7 @@ def held_out_per_class(config: ConfigDict, num_old: int) -> int:
             config.memory[field],
             f"2 exemplars or more of each of {num_old} classes, one of them held out",
         )
-    with named("meta"):
+    with named_section("meta"):
         return memory.held_out_per_class(size, config.meta.fraction)
 
 
