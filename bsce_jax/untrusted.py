@@ -27,6 +27,39 @@ def create(path: epath.PathLike) -> BinaryIO:
     return open(path, "xb")
 
 
+def replace(target: epath.Path, data: bytes, own: str = "") -> None:
+    """Replaces a file at once; after a crash it is the old one or the new one.
+
+    Args:
+      target: the file; its name may be a link's, which then is replaced.
+      data: all of its content.
+      own: part of a temporary file's name, where several processes may write at once;
+        without it, what a killed one left behind is removed by the next.
+
+    Raises:
+      OSError: it cannot be written; object stores raise others, too.
+    """
+    if "://" in os.fspath(target):
+        target.write_bytes(data)  # object stores replace a whole object at once
+        return
+    temporary = target.with_name(f".{target.name}.{own}tmp")
+    try:
+        with create(temporary) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name, too, survives a loss of power
+    finally:
+        os.close(folder)
+
+
 def open_own(path: epath.PathLike) -> TextIO:
     """Opens a local text file for reading and appending; makes it where there is none.
 

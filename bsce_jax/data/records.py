@@ -5,10 +5,8 @@ Records are tfds examples in array_record files ("shards"). A label index is a f
 terabyte of images to learn their classes.
 """
 
-import contextlib
 import io
 import os
-import pathlib
 import resource
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -223,21 +221,10 @@ def index_path(folder: epath.PathLike, split: str) -> epath.Path:
 
 def write_index(folder: epath.PathLike, split: str, labels: np.ndarray) -> None:
     """Writes the label index of a split; the file appears whole or not at all."""
-    path = index_path(folder, split)
     content = io.BytesIO()
     np.save(content, labels.astype(np.int32), allow_pickle=False)
-    if "://" in os.fspath(path):
-        path.write_bytes(content.getvalue())  # whole or not at all in a bucket
-        return
-    temporary = pathlib.Path(path.parent, f".{path.name}.{os.getpid()}")
-    try:
-        with untrusted.create(temporary) as file:
-            file.write(content.getvalue())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
+    own = f"{os.getpid()}."  # two commands may prepare one data set
+    untrusted.replace(index_path(folder, split), content.getvalue(), own)
 
 
 def write_indexes(info: tfds.core.DatasetInfo) -> None:

@@ -47,7 +47,6 @@ and `train_accuracy` become the phase "base" or "incremental", a `finetune_loss`
 not empty the phase "finetune" without accuracies, and `own` is {}.
 """
 
-import contextlib
 import json
 import os
 import socket
@@ -98,12 +97,8 @@ def replace(target: epath.Path, content: str | bytes, shared: bool = False) -> N
     """
     data = content.encode() if isinstance(content, str) else content
     try:
-        if "://" in os.fspath(target):
-            target.write_bytes(data)  # object stores replace a whole object at once
-        else:
-            # One fixed name: what a killed run left behind is removed by the next.
-            own = f"{socket.gethostname()}-{os.getpid()}." if shared else ""
-            _replace(target, target.with_name(f".{target.name}.{own}tmp"), data)
+        own = f"{socket.gethostname()}-{os.getpid()}." if shared else ""
+        untrusted.replace(target, data, own)
     except Exception as error:  # object stores raise others than OSError, too
         raise UserError(f"{target} cannot be written: {_reason(error)}") from error
 
@@ -112,24 +107,6 @@ def _reason(error: Exception) -> str:
     """One line: the operating system's own words if it has any."""
     words = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     return " ".join(words.split())
-
-
-def _replace(target: epath.Path, temporary: epath.Path, data: bytes) -> None:
-    try:
-        with untrusted.create(temporary) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name, too, survives a loss of power
-    finally:
-        os.close(folder)
 
 
 def read(workdir: epath.PathLike) -> dict[str, Any]:
