@@ -279,6 +279,8 @@ def test_a_dry_run_prints_the_commands(small, tmp_path, capsys):
     [
         (["--shard=3/2"], "--shard '3/2': expected I/N"),
         (["--shard=x"], "--shard 'x'"),
+        (["--shard=\N{SUPERSCRIPT TWO}/3"], "expected I/N"),
+        (["--shard=1/1000000000000"], "expected I/N"),
         (["--file", "cifar100"], "--file cifar100: expected NAME=OTHER"),
         (["--config.phase.incremental.epoch=1"], "epoch"),
         (["--file", f"cifar100={'small'}", "table9=x"], "--file 'table9' of table5"),

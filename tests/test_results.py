@@ -328,3 +328,23 @@ def test_the_file_is_strict_json(tmp_path: pathlib.Path) -> None:
     results.write(tmp_path, make_results())
     text = (tmp_path / "results.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == make_results()
+
+
+def test_a_class_order_of_imagenet_is_a_setting(tmp_path: pathlib.Path) -> None:
+    """As long as its field allows, which other texts may not be."""
+    written = make_results(steps=1)
+    written["config"]["scenario.class_order"] = ", ".join(map(str, range(1000)))
+    results.write(tmp_path, written)
+    assert results.read(tmp_path) == written
+    written["config"]["data.name"] = written["config"]["scenario.class_order"]
+    with pytest.raises(UserError, match="config.data.name"):
+        results.write(tmp_path, written)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": 5}, {"data.name": True}, {"prior": None}, {"short": "x"}]
+)
+def test_settings_of_another_type_give_a_title(wrong: dict[str, Any]) -> None:
+    made = make_results(steps=1)
+    made["config"] |= wrong
+    assert tables.title(made) == made["name"]

@@ -34,7 +34,9 @@ RAW = {
             "with memory: IL-Baseline + BalancedS-CE": "il_baseline-balanced",
             "with memory: IL-Baseline + Meta": "il_baseline-meta",
             "with memory: IL-Baseline + alpha = 0.5": "il_baseline-weighted",
-            "with memory: IL-Baseline + memory oversampling": "il_baseline-none-memory_oversampling",
+            "with memory: IL-Baseline + memory oversampling": (
+                "il_baseline-oversampling"
+            ),
             "with memory: LUCIR": "lucir-none",
             "with memory: LUCIR + BalancedS-CE": "lucir-balanced",
             "with memory: PODNet": "podnet-none",
@@ -43,7 +45,9 @@ RAW = {
             "without memory: LUCIR + BalancedS-CE": "lucir-balanced-nomemory",
             "without memory: LUCIR + Relaxed, epsilon 0.2 %": "lucir-relaxed-nomemory",
             "without memory: PODNet + BalancedS-CE": "podnet-balanced-nomemory",
-            "without memory: PODNet + Relaxed, epsilon 0.2 %": "podnet-relaxed-nomemory",
+            "without memory: PODNet + Relaxed, epsilon 0.2 %": (
+                "podnet-relaxed-nomemory"
+            ),
         },
     ),
     "CIFAR-100, reduced, on two CPU cores": (

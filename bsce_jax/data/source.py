@@ -80,7 +80,7 @@ def _split_error(info: tfds.core.DatasetInfo, name: str, split: str) -> str:
         images = info.splits[split].num_examples
     except (KeyError, ValueError, AssertionError, TypeError):
         return f"a split of {name}, or a part of one: {', '.join(info.splits)}"
-    return "" if images else f"a split of {name} with images"
+    return "" if images > 0 else f"a split of {name} with images"
 
 
 def _check_split(info: tfds.core.DatasetInfo, name: str, split: str) -> None:

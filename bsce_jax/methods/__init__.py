@@ -27,8 +27,8 @@ On the host, NumPy arrays in and out, once a step:
   indices in order of choice, in the place of `config.memory.selection`.
 * a function that a phase's `begin` names, ``(step) -> Network``: as that phase begins,
   with the exemplars of the new classes chosen.
-* ``finish(step) -> Network``: after the last phase of a step and the choice of its
-  exemplars.
+* ``finish(step) -> Network``: after the last phase of every step, the base step
+  included, and the choice of its exemplars.
 * ``replaced(network) -> (indices, images)``: after a step, int [n] and uint8 [n, H, W,
   channels]: what stands in the place of training images from then on. Images that are
   on the devices only.

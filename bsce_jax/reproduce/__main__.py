@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import pathlib
+import re
 import shlex
 import sys
 import time
@@ -63,7 +64,8 @@ def shard(text: str) -> tuple[int, int]:
       UserError: it is not of that form, or out of range.
     """
     index, _, count = text.partition("/")
-    if index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count):
+    short = re.fullmatch("[0-9]{1,6}/[0-9]{1,6}", text)
+    if short and 1 <= int(index) <= int(count):
         return int(index), int(count)
     raise UserError(f"--shard {text!r}: expected I/N with 1 <= I <= N")
 
@@ -107,6 +109,9 @@ def reproduce(options: argparse.Namespace, began: float) -> int:
             return 0
         if not jobs:
             raise UserError(f"nothing can be run: {found[0].missing}")
+        if not mine:
+            print(f"--shard {index}/{count} has none of {len(jobs)} runs")
+            return 0
         output = pathlib.Path(options.output).expanduser().resolve()
         try:
             (output / "runs").mkdir(parents=True, exist_ok=True)
