@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from bsce_jax import log_prior, losses
 from bsce_jax.config import terms
+from bsce_jax.errors import UserError
 from bsce_jax.losses import kd, softmax_ce
 
 Parity = Callable[[str], Mapping[str, np.ndarray]]
@@ -381,3 +382,10 @@ def test_rescaling_weighs_every_classification_loss_alike() -> None:
         np.testing.assert_allclose(
             weights, batch.valid * (1040 / 4 / counts[batch.labels]), rtol=1e-6
         )
+
+
+def test_labels_that_are_no_vector_are_refused():
+    logits = jnp.zeros((4, 3))
+    for labels in (jnp.eye(4, 3), jnp.zeros((4, 1), jnp.int32)):
+        with pytest.raises(UserError, match="labels have shape"):
+            losses.softmax_cross_entropy(logits, labels)

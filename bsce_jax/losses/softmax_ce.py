@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bsce_jax.errors import UserError
 from bsce_jax.norms import widened
 
 CLASSIFICATION = True
@@ -19,7 +20,14 @@ def label_mask(labels: jax.Array, num_classes: int) -> jax.Array:
 
     Used in the place of a gather, whose transpose is a scatter, which on GPUs is either
     not repeatable or slow.
+
+    Raises:
+      UserError: the labels are no vector (one-hot rows would give a wrong loss).
     """
+    if labels.ndim != 1:
+        raise UserError(
+            f"labels have shape {labels.shape}: expected [batch], places of classes"
+        )
     return labels[:, None] == jnp.arange(num_classes)[None, :]
 
 
