@@ -64,10 +64,10 @@ def validate(results: Any) -> None:
     )
     _check_fields(results, _FIELDS, "")
     for name, value in results["config"].items():
-        allowed = f"printable text, numbers, null, of {_LONGEST} entries at most"
-        _require(_is_name(name), "config", name, allowed)
         known = fields.find(name)  # a class order of ImageNet is longer than others
         longest = max(_LONGEST, known.longest if known else 0)
+        allowed = f"printable text, numbers, null, of {longest} entries at most"
+        _require(_is_name(name), "config", name, allowed)
         _require(_is_setting(value, longest), f"config.{name[:60]}", value, allowed)
     order = results["class_order"]
     _require(

@@ -127,7 +127,7 @@ def title(results: Results) -> str:
     try:
         own = results["name"] != names.default_name(results["config"])
         return results["name"] if own else names.title(results["config"])
-    except (KeyError, TypeError, ValueError):  # of a version that had other fields
+    except (KeyError, TypeError, ValueError):  # of another version
         return results["name"]
 
 

@@ -63,10 +63,10 @@ def shard(text: str) -> tuple[int, int]:
     Raises:
       UserError: it is not of that form, or out of range.
     """
-    index, _, count = text.partition("/")
-    short = re.fullmatch("[0-9]{1,6}/[0-9]{1,6}", text)
-    if short and 1 <= int(index) <= int(count):
-        return int(index), int(count)
+    if found := re.fullmatch("([0-9]{1,6})/([0-9]{1,6})", text):
+        index, count = map(int, found.groups())
+        if 1 <= index <= count:
+            return index, count
     raise UserError(f"--shard {text!r}: expected I/N with 1 <= I <= N")
 
 
