@@ -21,7 +21,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from bsce_jax.checkpoints import store
-from bsce_jax.compute import parallel, steps
+from bsce_jax.compute import inference, parallel, steps
 from bsce_jax.compute.state import Batch, Network, StepContext
 from bsce_jax.config import recorded
 from bsce_jax.errors import UserError, field_error, printable
@@ -159,7 +159,7 @@ def _probabilities(
         nothing = jnp.zeros(len(images), jnp.int32)
         ones = jnp.ones(len(images), jnp.float32)
         batch = Batch(program.test_images(images), nothing, ones)
-        out = steps.outputs_of(program, network, batch, context)
+        out = inference.outputs_of(program, network, batch, context)
         found = jax.nn.softmax(steps.scores(out, context.seen), axis=-1)
         return found[:, : seen[-1]]
 

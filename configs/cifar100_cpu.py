@@ -22,6 +22,13 @@ from bsce_jax.config import (
     method_module,
 )
 
+# Epochs and milestones of phases that are longer, by their images and steps.
+LENGTHS = {
+    ("training", "base"): (40, (20, 30)),
+    ("training", "later"): (20, (10, 15)),
+    ("held_out", "later"): (40, (20, 30)),
+    ("exemplars", "later"): (20, (7, 14)),
+}
 ARGUMENTS = COMMON_ARGUMENTS | {"prior": "balanced", "memory": 5}
 
 
@@ -37,13 +44,9 @@ def get_config(argument: str | None = None) -> ConfigDict:
     apply_arguments(config, argument, ARGUMENTS)
     method_module(__file__, config.method).configure(config, "cifar100")
     config.model.name = config.model.name.replace("32", "20")
+    config.optim.noise_epochs = 1
     for phase in config.phase.values():
-        if phase.images == "training" and phase.steps == "base":
-            phase.epochs, phase.milestones = 40, (20, 30)
-        elif phase.images == "training":
-            phase.epochs, phase.milestones = 20, (10, 15)
-        elif phase.images == "held_out":
-            phase.epochs, phase.milestones = 40, (20, 30)
-        elif phase.epochs > 20:
-            phase.epochs, phase.milestones = 20, (7, 14)
+        epochs, milestones = LENGTHS[phase.images, phase.steps]
+        if phase.epochs > epochs:
+            phase.epochs, phase.milestones = epochs, milestones
     return config

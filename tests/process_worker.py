@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 
-from bsce_jax.compute import parallel, steps
+from bsce_jax.compute import inference, parallel
 from bsce_jax.compute.state import Images
 from bsce_jax.hosts import join
 from bsce_jax.run import context, evaluate, feed, programs
@@ -74,8 +74,8 @@ def built_for(place: parallel.Parallel, tested) -> programs.Programs:
     fields = programs.Programs.__dataclass_fields__
     nothing: dict = dict.fromkeys(fields, None)
     nothing["devices"] = place
-    nothing["evaluate"] = compiled(steps.make_evaluate(tested), "evaluate", 3, 4)
-    nothing["features"] = compiled(steps.make_features(tested), "features", 4, 2)
+    nothing["evaluate"] = compiled(inference.make_evaluate(tested), "evaluate", 3, 4)
+    nothing["features"] = compiled(inference.make_features(tested), "features", 4, 2)
     return programs.Programs(**nothing)
 
 

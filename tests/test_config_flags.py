@@ -37,9 +37,11 @@ def declaration(name: str) -> Field:
 ALL = [*FIELDS, *(f"phase.{p}.{n}" for p in ("base", "finetune") for n in PHASE)]
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in ALL if not isinstance(declaration(n).default, dict)]
-)
+FREE = [n for n in ALL if not isinstance(declaration(n).default, dict)]
+PRIORS = {"alpha": "weighted", "epsilon": "relaxed"}  # that alone read a field
+
+
+@pytest.mark.parametrize("name", [n for n in FREE if n != "method"])
 def test_every_field_may_be_overridden(name):
     declared = declaration(name)
     texts = TYPED[type(declared.default)]
@@ -48,7 +50,8 @@ def test_every_field_may_be_overridden(name):
     if declared.choices:
         texts = {choice: choice for choice in declared.choices}
     for text, value in texts.items():
-        found = given(DIGITS, f"--config.{name}={text}")[name]
+        prior = [f"--config.prior={PRIORS[name]}"] if name in PRIORS else []
+        found = given(DIGITS, *prior, f"--config.{name}={text}")[name]
         assert found == value and type(found) is type(value)
 
 
@@ -65,6 +68,39 @@ def test_overrides_of_a_term_and_of_several_fields():
     assert found["phase.incremental.epochs"] == 3
     assert found["phase.incremental.rate.head"] == 10.0
     assert found["phase.base.milestones"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [("squared", "True", True), ("factor", "0.5", 0.5), ("temperature", "3", 3.0)],
+)
+def test_an_option_that_the_file_leaves_at_its_default_may_be_given(
+    option, text, value
+):
+    eeil = f"{DIGITS}:method=eeil"
+    assert given(eeil).get("terms.taskwise_kd.factor") is None
+    name = f"terms.taskwise_kd.{option}"
+    found = given(eeil, f"--config.{name}={text}")[name]
+    assert found == value and type(found) is type(value)
+    with pytest.raises(UserError, match="temperatur is an unknown config field"):
+        parse(["main", eeil, "--config.terms.taskwise_kd.temperatur=2"])
+
+
+def test_another_method_than_the_file_s_has_no_losses():
+    assert given(DIGITS, "--config.method=il_baseline")["method"] == "il_baseline"
+    with pytest.raises(UserError) as caught:
+        parse(["main", f"{DIGITS}:prior=none", "--config.method=bic"])
+    message = str(caught.value)
+    assert message.startswith("config.method='bic': expected il_baseline, whose losses")
+    assert message.endswith("configs/digits.py:method=NAME")
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_a_field_that_the_prior_does_not_read_is_refused(name):
+    with pytest.raises(UserError) as caught:
+        parse(["main", f"{DIGITS}:prior=balanced", f"--config.{name}=0.5"])
+    expected = f"config.{name}=0.5: expected prior={PRIORS[name]} with it, which alone"
+    assert str(caught.value).startswith(expected)
 
 
 def test_a_phase_may_be_left_out_only_with_its_section():

@@ -148,6 +148,23 @@ PHASES_MISTAKES: list[tuple[dict[str, Any], str]] = [
         "phase.base.terms.kd={'weight': 1.0}: expected a number of at least 0, or rho",
     ),
     (
+        {"phase.base.milestones": (10.5, 20)},
+        "phase.base.milestones=(10.5, 20): expected epochs above 0 in ascending order, "
+        "whole numbers",
+    ),
+    (
+        {"phase.incremental.replay": 4, "phase.incremental.sampling": "class"},
+        "phase.incremental.sampling='class': expected uniform with replay",
+    ),
+    (
+        {
+            "phase.incremental.beside": "companions",
+            "phase.incremental.beside_size": 2,
+            "phase.incremental.sampling": "memory",
+        },
+        "phase.incremental.sampling='memory': expected uniform with beside=companions",
+    ),
+    (
         {"phase.incremental.forward": "nothing"},
         "phase.incremental.forward='nothing': expected ",
     ),
@@ -174,6 +191,18 @@ def test_a_phase_is_named_as_a_program_may_be():
         "config.phases=('base', 'incremental', 'fine-tuning'): expected names of "
         "letters, digits and _"
     )
+
+
+def test_a_teacher_that_another_has_replaced_is_refused():
+    config = example(copy=phase(epochs=1, teacher="now"), last=phase(epochs=1))
+    assert refusal(config) == (
+        "config.phase.last.teacher='before': expected now or none: the phase copy has "
+        "taken its place"
+    )
+    config.phase.copy.epochs = 0
+    resolve(config)  # a phase that does not exist replaces nothing
+    config.phase.copy.epochs, config.phase.last.teacher = 1, "now"
+    resolve(config)
 
 
 @pytest.mark.parametrize("images", ["exemplars", "held_out"])
@@ -214,6 +243,21 @@ def test_a_prior_may_take_the_place_of_a_phase(when_prior, prior, epochs):
     found = resolve(config)
     assert found.phase.last.epochs == epochs and resolve(found) == found
     assert found.phase.incremental.epochs == 250
+
+
+@pytest.mark.parametrize("first", ["nca", "softmax_ce"])
+def test_no_weight_is_lost_where_a_prior_replaces_a_loss(first):
+    config = example()
+    config.model.head = "cosine"
+    both = {"nca": {"weight": 1.0}, "softmax_ce": {"weight": 0.5}}
+    names = sorted(both, key=lambda name: name != first)
+    config.terms = ConfigDict({name: both[name] for name in names})
+    resolve(config)
+    config.prior = "balanced"
+    assert refusal(config) == (
+        "config.terms.nca={'weight': 1.0}: expected no other classification loss "
+        "beside softmax_ce, which replaces it"
+    )
 
 
 def test_a_prior_replaces_the_classification_loss_of_every_phase():

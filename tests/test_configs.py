@@ -353,9 +353,26 @@ def test_the_reduced_runs_differ_from_the_paper_in_size_only():
         "memory.per_class",
         "model.name",
         "model.width",
+        "optim.noise_epochs",  # read where there is noise
         *lengths,
     }
     assert reduced["data.nominal_per_class"] == reduced["data.max_per_class"]
+
+
+def test_the_reduced_runs_shorten_what_is_longer_and_nothing_else():
+    reduced = load("cifar100_cpu")
+    found = {}
+    for method in METHODS:
+        config = resolve(get(reduced, f"method={method},prior=none"))
+        for name, phase in config.phase.items():
+            found[method, name] = phase.epochs, phase.milestones
+    assert found["eeil", "base"] == (40, (20, 30))
+    assert found["eeil", "incremental"] == (20, (10, 15))
+    assert found["eeil", "balanced"] == (20, (7, 14))
+    assert found["bic", "bias"] == (40, (20, 30))
+    # One pass over the images teaches Mnemonics' exemplars, as at full size.
+    assert found["mnemonics", "exemplars"] == (1, ())
+    assert found["mnemonics", "base_exemplars"] == (1, ())
 
 
 @pytest.mark.parametrize("method", METHODS)

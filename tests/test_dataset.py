@@ -142,6 +142,15 @@ REFUSALS = [
         {"data__train_split": "training"},
         "config.data.train_split='training': .* split",
     ),
+    (
+        {"data__test_split": "train"},
+        "config.data.test_split='train': expected none of the images of "
+        "config.data.train_split='train', but 45 are in both",
+    ),
+    (
+        {"data__train_split": "train[:24]", "data__test_split": "train[20:]"},
+        "data.test_split='train.20:.': .*, but 4 are in both",
+    ),
     ({"data__name": "unknown"}, "'unknown' is not on this machine"),
     ({"data__image_size": 5}, "config.data.image_size=5: expected no more"),
 ]
@@ -152,6 +161,15 @@ def test_refusals(marked, values, message):
     with pytest.raises(UserError, match=message) as caught:
         load(marked(**values))
     assert "\n" not in str(caught.value)
+
+
+def test_parts_of_one_split_may_be_learned_and_tested(marked):
+    parts = {"data__train_split": "train[:20]", "data__test_split": "train[20:]"}
+    data = load(marked(**parts, memory__per_class=1))
+    assert len(data.train_labels) == 20 and len(data.test_labels) == 25
+    assert not marks(data.train.images) & marks(data.test.images)
+    held = {"data__validation_fraction": 0.3, "data__test_split": "train"}
+    load(marked(**held, memory__per_class=2))  # which is not read then
 
 
 def test_a_class_order_by_name(marked):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bsce_jax.compute import parallel, steps
+from bsce_jax.compute import inference, parallel, steps
 from bsce_jax.compute.state import HELD_OUT, OWN, TRAIN, Batch
 from bsce_jax.log_prior import EXCLUDED
 from tests.step_example import (
@@ -297,7 +297,7 @@ def test_scores_are_the_prediction_rule():
 
 @functools.cache
 def evaluate(how):
-    """Of `steps.make_evaluate`, where the scores are the logits or their opposite."""
+    """Of `make_evaluate`, where the scores are the logits or their opposite."""
 
     def opposite(apply, network, batch, context):
         out, network = apply(network, batch.images, batch.valid)
@@ -306,7 +306,7 @@ def evaluate(how):
     tested = program(jnp.float32, meta=False, augmented=False)
     if how == "opposite":
         tested = dataclasses.replace(tested, forward=opposite)
-    return tested, jax.jit(steps.make_evaluate(tested))
+    return tested, jax.jit(inference.make_evaluate(tested))
 
 
 @pytest.mark.parametrize("seen", [SEEN, CLASSES])

@@ -250,6 +250,9 @@ def test_noise_has_its_deviation_and_spares_a_method_s_own():
     jax.tree.map(np.testing.assert_array_equal, found, add(key, gradient, deviation))
     other = add(jax.random.key(1), gradient, deviation)
     assert np.any(other["stem"]["kernel"] != found["stem"]["kernel"])
+    del gradient["own"]
+    alone = add(key, gradient, deviation)  # the same without the method's own
+    jax.tree.map(np.testing.assert_array_equal, {k: found[k] for k in alone}, alone)
     jax.tree.map(np.testing.assert_array_equal, add(key, gradient, 0.0), gradient)
 
 
@@ -262,6 +265,9 @@ def test_noise_falls_from_epoch_to_epoch():
     slow = optim.Noise(0.3, 3)  # three passes are one epoch
     found = [float(slow.deviation(jnp.asarray(e))) for e in (0, 1, 2, 3, 5, 6)]
     np.testing.assert_allclose(found, np.array(expected)[[0, 0, 0, 1, 1, 2]], rtol=1e-6)
+    short = optim.Noise(0.3, 3, short=6)  # each pass stands for six, two epochs
+    found = [float(short.deviation(jnp.asarray(e))) for e in (0, 1)]
+    np.testing.assert_allclose(found, np.array(expected)[[0, 2]], rtol=1e-6)
 
 
 def test_lagged_cosine_is_the_scheduler_stepped_at_the_end_of_each_epoch():

@@ -80,6 +80,7 @@ def test_a_forward_is_the_function_that_the_phase_names():
 def test_noise_and_the_optimiser_are_those_of_the_run():
     found = program("base", optim__noise=0.3, optim__noise_epochs=2)
     assert found.noise == optim.Noise(0.3, 2)
+    assert program("base", optim__noise=0.3, short=5).noise == optim.Noise(0.3, 1, 5)
     params = {"layer": {"bias": np.ones(2, np.float32)}}
     for decayed, expected in (("all", 0.5), ("kernels", 0.0)):
         changes = {"optim__decayed": decayed, "optim__weight_decay": 0.5}

@@ -1,6 +1,7 @@
 """Optimisers and schedules, with PyTorch's semantics."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,14 +65,21 @@ def _decayed_weights(
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """How strong the noise on the gradient is: see `optim.noise` in the fields."""
+    """How strong the noise on the gradient is: see `optim.noise` in the fields.
+
+    Attributes:
+      scale: in the first epoch, but for a constant.
+      epochs: passes over the images that count as one epoch.
+      short: passes of the whole protocol that one stands for.
+    """
 
     scale: float
     epochs: int
+    short: int = 1
 
     def deviation(self, epoch: jax.Array) -> jax.Array:
-        """Of the summed gradient, [] float32, in an epoch counted from 0."""
-        number = 1 + epoch // self.epochs
+        """Of the summed gradient, [] float32, in a pass counted from 0."""
+        number = 1 + epoch * self.short // self.epochs
         return self.scale / (1 + number).astype(jnp.float32) ** 0.55
 
 
@@ -83,16 +91,15 @@ def noise(key: jax.Array, gradient: PyTree, deviation: jax.Array) -> PyTree:
       gradient: of the parameters; a method's own get no noise.
       deviation: [] of the noise of every entry.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(gradient)
-    noisy = [
-        leaf
-        if group(path) == "own"
-        else leaf
-        + deviation
-        * jax.random.normal(jax.random.fold_in(key, i), leaf.shape, leaf.dtype)
-        for i, (path, leaf) in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(gradient), noisy)
+    numbers = itertools.count()  # of the model's leaves: others change no key
+
+    def noisy(path: tuple, leaf: jax.Array) -> jax.Array:
+        if group(path) == "own":
+            return leaf
+        own_key = jax.random.fold_in(key, next(numbers))
+        return leaf + deviation * jax.random.normal(own_key, leaf.shape, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(noisy, gradient)
 
 
 def alpha_optimizer(name: str, learning_rate: float) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""The pure functions that get compiled: training, meta, evaluation and features."""
+"""The pure functions of training that get compiled: an update, and one of alpha."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from bsce_jax.compute.state import (
     TrainState,
     total_over_devices,
 )
-from bsce_jax.compute.views import viewed
+from bsce_jax.errors import UserError
 from bsce_jax.losses.softmax_ce import softmax_cross_entropy
 
 
@@ -95,8 +95,14 @@ def _share(values: Array, weights: Array, axis_name: str | None) -> Array:
     return jnp.sum(values * weights) / jnp.where(total > 0, total, 1.0)
 
 
-def _applier(program: Program, train: bool, axis_name: str | None) -> Apply:
-    """The model as a function of a network, in training or in evaluation mode."""
+def applier(program: Program, train: bool, axis_name: str | None) -> Apply:
+    """The model as a function of a network, in training or in evaluation mode.
+
+    Args:
+      program: of the phase.
+      train: whether batch statistics are used, and move the running ones.
+      axis_name: of the pmapped axis, or None.
+    """
 
     def apply(network: Network, images: Array, valid: Array) -> tuple[Outputs, Network]:
         params = {k: part for k, part in network.params.items() if k != OWN}
@@ -144,7 +150,7 @@ def _teacher_outputs(
         return None
     beside = {k: part for k, part in batch.beside.items() if k != COMPANIONS}
     batch = batch.replace(beside=beside)
-    apply = _applier(program, False, batch.axis_name)
+    apply = applier(program, False, batch.axis_name)
     out, _ = program.forward(apply, context.teacher, batch, context)
     return jax.lax.stop_gradient(out)
 
@@ -173,7 +179,7 @@ def _loss(
 ) -> tuple[Array, tuple[Network, Outputs]]:
     """This device's share of the loss; the moved network and the outputs beside it."""
     params = _without_gradient(state.network.params, program.frozen)
-    apply = _applier(program, program.batch_norm == "train", batch.axis_name)
+    apply = applier(program, program.batch_norm == "train", batch.axis_name)
     student, network = program.forward(
         apply, state.network.replace(params=params), batch, context
     )
@@ -181,12 +187,60 @@ def _loss(
     context = context.replace(log_prior=prior)
     loss = jnp.zeros((), jnp.float32)
     for term in program.terms:
-        values, weights = term.function(
-            student, teacher, batch, context, **term.options
-        )
+        values, weights = _values(term, student, teacher, batch, context)
         share = _share(values, weights, batch.axis_name)
         loss += context.weights[term.name] * share
     return loss, (network, student)
+
+
+def _values(
+    term: Term,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    context: StepContext,
+) -> tuple[Array, Array]:
+    """What a term gives; one of somebody's own is told what is wrong with it.
+
+    Raises:
+      UserError: names the term, and the output that it misses or both shapes.
+    """
+    where = f"config.terms.{term.name}"
+    try:
+        values, weights = term.function(
+            student, teacher, batch, context, **term.options
+        )
+    except KeyError as error:
+        (missing,) = error.args
+        if missing in student and (teacher is None or missing in teacher):
+            raise
+        known = ", ".join(sorted(student))
+        raise UserError(
+            f"{where} needs the output {missing!r}, but there are only {known}"
+        ) from error
+    if values.shape != weights.shape:
+        raise UserError(
+            f"{where} gives values of shape {values.shape} and weights of shape "
+            f"{weights.shape}: expected both alike, one of each an image"
+        )
+    return values, weights
+
+
+def abstract_loss(
+    program: Program, network: Network, context: StepContext, batch: Batch
+) -> jax.ShapeDtypeStruct:
+    """The shape of the loss of a batch, of shapes; runs and compiles nothing.
+
+    Raises:
+      UserError: a term does not go together with the outputs.
+    """
+
+    def loss(network: Network, context: StepContext, batch: Batch) -> Array:
+        state = TrainState(network, None, jnp.ones(()), None)
+        teacher = _teacher_outputs(program, context, batch)
+        return _loss(program, state, context, batch, teacher)[0]
+
+    return jax.eval_shape(loss, network, context, batch)
 
 
 def _with_params(state: TrainState, params: PyTree) -> TrainState:
@@ -278,7 +332,7 @@ def meta_step(
         return _loss(program, moved, context, batch, teacher)[0]
 
     def validation_loss(params: PyTree) -> Array:
-        apply = _applier(program, meta.batch_norm == "train", held_out.axis_name)
+        apply = applier(program, meta.batch_norm == "train", held_out.axis_name)
         network = state.network.replace(params=params)
         out, _ = program.forward(apply, network, held_out, context)
         values = softmax_cross_entropy(out["logits"], held_out.labels, seen)
@@ -332,67 +386,3 @@ def fetch(
     else:
         images = program.train_images(images, key, numbers)
     return Batch(images, labels, valid, axis_name)
-
-
-def make_evaluate(program: Program) -> Callable:
-    """Returns evaluate(network, context, data, rows, axis_name).
-
-    It gives, for [1, B] rows, whether there is an image (float32 [1, B], the rows'
-    `valid`), the predicted class (int32 [1, B]; see `scores`), whether the label is
-    among the five highest scores (bool [1, B]) and the features (float32 [1, B, D]), at
-    the highest matmul precision like all features.
-    """
-
-    def evaluate(
-        network: Network,
-        context: StepContext,
-        data: Images | None,
-        rows: Rows,
-        axis_name: str | None = None,
-    ) -> tuple[Array, Array, Array, Array]:
-        batch = fetch(program, data, rows, 0, None, axis_name)
-        out = outputs_of(program, network, batch, context)
-        found = scores(out, context.seen)
-        of_label = jnp.take_along_axis(found, batch.labels[:, None], axis=1)
-        higher = jnp.sum(found > of_label, axis=1)
-        predicted = jnp.argmax(found, axis=1).astype(jnp.int32)
-        features = out["features"].astype(jnp.float32)
-        return rows.valid, predicted[None], (higher < 5)[None], features[None]
-
-    return evaluate
-
-
-def make_features(program: Program) -> Callable:
-    """Returns features(network, context, data, view, rows, axis_name).
-
-    The rows' `valid` [1, B], and float32 features [1, B, D] of the test transform, of
-    the view that `view` ([] int32) numbers in VIEWS. Only square images are rotated.
-    """
-
-    def features(
-        network: Network,
-        context: StepContext,
-        data: Images | None,
-        view: Array,
-        rows: Rows,
-        axis_name: str | None = None,
-    ) -> tuple[Array, Array]:
-        batch = fetch(program, data, rows, 0, None, axis_name)
-        batch = batch.replace(images=viewed(batch.images, view))
-        out = outputs_of(program, network, batch, context)
-        return rows.valid, out["features"][None].astype(jnp.float32)
-
-    return features
-
-
-def outputs_of(
-    program: Program, network: Network, batch: Batch, context: StepContext
-) -> Outputs:
-    """Outputs in evaluation mode, at the highest matmul precision.
-
-    What exemplars are selected from, and what is predicted, must not depend on TF32.
-    """
-    with jax.default_matmul_precision("highest"):
-        apply = _applier(program, False, batch.axis_name)
-        out, _ = program.forward(apply, network, batch, context)
-    return out

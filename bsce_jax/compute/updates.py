@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bsce_jax.compute.inference import outputs_of
 from bsce_jax.compute.state import (
     COMPANIONS,
     HELD_OUT,
@@ -24,7 +25,6 @@ from bsce_jax.compute.steps import (
     Program,
     fetch,
     meta_step,
-    outputs_of,
     train_step,
 )
 

@@ -8,10 +8,15 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bsce_jax.config import choices, page
-from bsce_jax.config.files import ARGUMENT_FIELDS, ChoicesRequested, load
+from bsce_jax.config import choices, page, terms
+from bsce_jax.config.files import (
+    ARGUMENT_FIELDS,
+    READ_BY,
+    ChoicesRequested,
+    load,
+)
 from bsce_jax.config.hashes import flatten
-from bsce_jax.errors import UserError
+from bsce_jax.errors import UserError, field_error
 
 # Kind, name, default and meaning. Those after the first two are for several
 # processes that no SLURM, Open MPI or Cloud TPU pod has started.
@@ -65,8 +70,10 @@ def parse(argv: Sequence[str]) -> Any:
         name, allowed = asked.args
         text = choices.describe(name, allowed, ARGUMENT_FIELDS)
         raise HelpRequested(text) from None
+    method = config.get("method")
     for argument in others:
         if argument.startswith(f"--{_PREFIX}"):
+            _add_term_option(config, argument)
             _check_override(config, argument)
     values = flags.FlagValues()
     try:
@@ -83,6 +90,18 @@ def parse(argv: Sequence[str]) -> Any:
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: expected --config.field=x")
     _check(values)
+    if values.config.get("method") != method:
+        raise field_error(
+            "method",
+            values.config.method,
+            f"{method}, whose losses and phases {given} has; another in the file's "
+            f"arguments, --config {given.partition(':')[0]}:method=NAME",
+        )
+    for field, prior in READ_BY.items():
+        overridden = any(a.startswith(f"--{_PREFIX}{field}=") for a in others)
+        if overridden and values.config.get("prior") != prior:
+            allowed = f"prior={prior} with it, which alone reads it"
+            raise field_error(field, values.config[field], allowed)
     return values
 
 
@@ -101,6 +120,20 @@ def _config_of(arguments: Sequence[str]) -> tuple[str, list[str]]:
         else:
             raise UserError("--config has no value: try --config configs/digits.py")
     return value, others
+
+
+def _add_term_option(config: ConfigDict, argument: str) -> None:
+    """Makes room for an option of a loss term that the file leaves at its default."""
+    name = argument.removeprefix("--").partition("=")[0]
+    section, _, rest = name.removeprefix(_PREFIX).partition(".")
+    term, _, option = rest.partition(".")
+    used = config.get(section) if section == "terms" else None
+    if not isinstance(used, ConfigDict) or not isinstance(used.get(term), ConfigDict):
+        return
+    known = {"factor": 1.0, **terms.known_options(term)}
+    if option in known and option not in used[term]:
+        with config.unlocked():
+            used[term][option] = known[option]
 
 
 def _check_override(config: ConfigDict, argument: str) -> None:

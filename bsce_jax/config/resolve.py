@@ -1,7 +1,7 @@
 """Resolves and validates a configuration: one clear line for each mistake."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -179,6 +179,19 @@ def _check_phases(config: ConfigDict) -> None:
     used = terms.names_with_prior(config.terms, config.prior, config.classification)
     for name in names:
         _check_phase(f"phase.{name}", sections[name], used)
+    later = [n for n in names[len(base) :] if _exists(sections[n], config.prior)]
+    _check_teachers(later, sections)
+
+
+def _check_teachers(names: Sequence[str], sections: Mapping[str, ConfigDict]) -> None:
+    """The phases of a step have one teacher: a later one replaces it."""
+    replaced = ""
+    for name in names:
+        teacher = sections[name].teacher
+        if teacher == "before" and replaced:
+            allowed = f"now or none: the phase {replaced} has taken its place"
+            raise field_error(f"phase.{name}.teacher", teacher, allowed)
+        replaced = name if teacher == "now" else replaced
 
 
 def _check_sums(config: ConfigDict) -> None:
@@ -198,9 +211,13 @@ def _check_phase(name: str, phase: ConfigDict, used: Mapping[str, str]) -> None:
             f"{name}.images", phase.images, "training in a phase of the base step"
         )
     marks = phase.milestones
-    if list(marks) != sorted(marks) or any(mark <= 0 for mark in marks):
-        allowed = "epochs above 0 in ascending order"
+    whole = all(type(mark) is int and mark > 0 for mark in marks)
+    if not whole or list(marks) != sorted(marks):
+        allowed = "epochs above 0 in ascending order, whole numbers"
         raise field_error(f"{name}.milestones", marks, allowed)
+    if phase.replay and phase.sampling != "uniform":
+        allowed = "uniform with replay, whose batches have as many exemplars each"
+        raise field_error(f"{name}.sampling", phase.sampling, allowed)
     terms.check_phase(f"{name}.terms", phase.terms, used)
     _check_beside(name, phase)
     if phase.steps == "later" and phase.teacher == "none" and phase.epochs:
@@ -219,6 +236,9 @@ def _check_beside(name: str, phase: ConfigDict) -> None:
     if beside and (phase.steps == "base" or phase.images != "training"):
         allowed = "'' in a phase that is not of the training images of later steps"
         raise field_error(f"{name}.beside", beside, allowed)
+    if beside == "companions" and phase.sampling != "uniform":
+        allowed = "uniform with beside=companions, which are other images of the epoch"
+        raise field_error(f"{name}.sampling", phase.sampling, allowed)
     if beside == "companions" and phase.replay:
         allowed = "0 with beside=companions"
         raise field_error(f"{name}.replay", phase.replay, allowed)

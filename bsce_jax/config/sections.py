@@ -261,7 +261,7 @@ OPTIM = {
     ),
     "noise_epochs": Field(
         1,
-        "Passes that count as one epoch of the noise.",
+        "Passes that count as one epoch of the noise; each stands for `short` of them.",
         least=1,
         most=100_000,
         base=True,

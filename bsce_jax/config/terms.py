@@ -129,11 +129,17 @@ def with_prior(terms: ConfigDict, prior: str, classification: str) -> ConfigDict
     """The terms of a run, see `names_with_prior`.
 
     A term that takes another's place has the same weight; loss rescaling stays.
+
+    Raises:
+      UserError: it would take the place of one beside itself, whose weight is lost.
     """
     kept = (*_NOT_OPTIONS, *RESCALING)
     found = ConfigDict()
     for name, other in names_with_prior(terms, prior, classification).items():
         term = terms[name]
+        if other in found or (other != name and other in terms):
+            allowed = f"no other classification loss beside {other}, which replaces it"
+            raise field_error(f"terms.{name}", term, allowed)
         if other != name:
             term = {k: term[k] for k in kept if k in term}
         found[other] = term
@@ -181,6 +187,11 @@ def check(terms: Any) -> None:
             raise UserError(
                 f"config.terms.{name} is unknown; losses: {', '.join(known)}"
             )
+        if not callable(getattr(module(name), "term", None)):
+            raise UserError(
+                f"config.terms.{name}: expected a function `term` in "
+                f"{module(name).__name__}"
+            )
         if not isinstance(term, ConfigDict) or "weight" not in term:
             raise field_error(f"terms.{name}", term, "a section with a weight")
         weight(name, term, old=1, seen=2)
@@ -208,13 +219,18 @@ def check_sum(terms: ConfigDict, steps: str, phase: str) -> None:
         )
 
 
-def _check_options(name: str, given: Mapping[str, Any]) -> None:
-    """Compares a term's options with the keyword arguments of its function."""
-    known = {
+def known_options(name: str) -> dict[str, Any]:
+    """The options of a term and their defaults: its function's keyword arguments."""
+    return {
         parameter.name: parameter.default
         for parameter in inspect.signature(module(name).term).parameters.values()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
+
+
+def _check_options(name: str, given: Mapping[str, Any]) -> None:
+    """Compares a term's options with the keyword arguments of its function."""
+    known = known_options(name)
     for option, value in given.items():
         if option not in known:
             names = ", ".join([*_NOT_OPTIONS, *known])

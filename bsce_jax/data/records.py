@@ -159,6 +159,16 @@ def open_encoded(info: tfds.core.DatasetInfo, split: str) -> Encoded:
     return Encoded(files, *feature_names(info), *identity)
 
 
+def shared_images(info: tfds.core.DatasetInfo, one: str, other: str) -> int:
+    """The number of images that are in both of two splits, or parts of them."""
+    return sum(
+        max(0, min(a.skip + a.take, b.skip + b.take) - max(a.skip, b.skip))
+        for a in info.splits[one].file_instructions
+        for b in info.splits[other].file_instructions
+        if a.filename == b.filename
+    )
+
+
 def check_shards(info: tfds.core.DatasetInfo, split: str) -> None:
     """Opens every shard of a split once: one that was copied in part has no end.
 

@@ -75,6 +75,18 @@ def split_error(name: str, split: str, data_dir: str = "") -> str:
     return _split_error(_builder(name, data_dir).info, name, split)
 
 
+def shared_images(name: str, one: str, other: str, data_dir: str = "") -> int:
+    """The number of images that are in both of two splits, or parts of them.
+
+    Raises:
+      UserError: no such data set or split.
+    """
+    info = _builder(name, data_dir).info
+    for split in (one, other):
+        _check_split(info, name, split)
+    return records.shared_images(info, one, other)
+
+
 def _split_error(info: tfds.core.DatasetInfo, name: str, split: str) -> str:
     try:
         images = info.splits[split].num_examples

@@ -149,6 +149,11 @@ def load(config: ConfigDict, processes: int = 1) -> Dataset:
     else:
         test = _read(config, "test_split", position, processes)
         _check_every_class(config, names, order, "test_split", test)
+        both = source.shared_images(data.name, train.name, test.name, data.data_dir)
+        if both:
+            allowed = f"none of the images of config.data.train_split={train.name!r}, "
+            allowed += f"but {both} are in both"
+            raise field_error("data.test_split", test.name, allowed)
     if data.max_per_class > 0:
         train = train[resident.subset(train.labels, data.max_per_class)]
     dataset = Dataset(

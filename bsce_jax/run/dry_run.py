@@ -9,12 +9,18 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from bsce_jax.checkpoints import store
 from bsce_jax.compute import parallel
 from bsce_jax.log_prior import EXCLUDED
 from bsce_jax.run.context import phase_context
 from bsce_jax.run.loop import Loop, Training, call, calls, make_training
 from bsce_jax.run.phases import planned
-from bsce_jax.run.progress import Progress, initial
+from bsce_jax.run.progress import (
+    Progress,
+    base_checkpoint,
+    initial,
+    refuse_another,
+)
 from bsce_jax.run.setup import Run, prepare
 
 # Calls that time an update: their number, and seconds after which LEAST are enough.
@@ -32,6 +38,9 @@ def describe(config: ConfigDict, workdir: epath.Path) -> str:
       UserError: as for the run itself.
     """
     run = prepare(config, workdir)
+    refuse_another(run)
+    if config.init_from and not store.numbers(run.checkpoints):
+        base_checkpoint(run)
     progress = initial(run)
     trainings = [make_training(config, each) for each in planned(config, run.dataset)]
     wide = max(len(phase.name) for phase in run.phases)
@@ -48,16 +57,17 @@ def describe(config: ConfigDict, workdir: epath.Path) -> str:
         counts = data.counts[: data.num_seen]
         span = f"{prior.min():.2f}..{prior.max():.2f}"
         many = f"{counts.min()}..{counts.max()}"
+        images = len(data.train) + len(data.replayed)
         lines.append(
             f"{data.step:4d}  {data.phase.name:{wide}}  {data.num_seen:7d}  "
-            f"{len(data.train):6d}  {data.exemplars:9d}  {many:>14}  {span:>13}  "
+            f"{images:6d}  {data.exemplars:9d}  {many:>14}  {span:>13}  "
             f"{training.updates:7d}"
         )
     seconds, memory = _measure(run, progress, trainings[0])
     updates = sum(training.updates for training in trainings)
-    images = sum(training.updates * training.batch_size for training in trainings)
-    sizes = dict.fromkeys(str(training.batch_size) for training in trainings)
-    hours = images / trainings[0].batch_size * seconds / 3600
+    images = sum(t.updates * t.training_batches.size for t in trainings)
+    sizes = dict.fromkeys(str(t.training_batches.size) for t in trainings)
+    hours = images / trainings[0].training_batches.size * seconds / 3600
     lines.append(
         f"{updates} updates of {' or '.join(sizes)} images, those of the base step at "
         f"{1000 * seconds:.1f} ms: about {hours:.2f} h of training "

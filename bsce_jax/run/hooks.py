@@ -7,7 +7,8 @@ import jax
 import numpy as np
 
 from bsce_jax import memory, methods
-from bsce_jax.compute.state import Network
+from bsce_jax.compute.state import OWN, Network
+from bsce_jax.errors import UserError
 from bsce_jax.run import evaluate
 from bsce_jax.run.feed import create
 from bsce_jax.run.phases import new_images, training_set
@@ -59,6 +60,9 @@ def begin(run: Run, progress: Progress, step: int) -> Network:
     """The network with which a step begins, which the method may change.
 
     `progress` is where the step before has ended.
+
+    Raises:
+      UserError: it is none that can go on.
     """
     hook = _hook(run, "begin")
     if hook is None:
@@ -66,15 +70,19 @@ def begin(run: Run, progress: Progress, step: int) -> Network:
     train = training_set(run.config, run.dataset, progress.ranking, step).train
     labels = run.dataset.train_labels[train]
     new = [train[labels == position] for position in run.dataset.groups[step]]
-    return hook(_shown(run, progress, step, new, _NEW_ROWS))
+    return _called(run, "begin", hook, _shown(run, progress, step, new, _NEW_ROWS))
 
 
 def enter(run: Run, progress: Progress, name: str) -> Network:
-    """The network with which a phase begins whose `begin` is the function `name`."""
+    """The network with which a phase begins whose `begin` is the function `name`.
+
+    Raises:
+      UserError: it is none that can go on.
+    """
     step = progress.step
     function = getattr(methods.module(run.config.method), name)
     new = new_images(run.config, run.dataset, step)
-    return function(_shown(run, progress, step, new, _ENTER))
+    return _called(run, name, function, _shown(run, progress, step, new, _ENTER))
 
 
 def replace_images(run: Run, progress: Progress) -> None:
@@ -100,13 +108,75 @@ def replace_images(run: Run, progress: Progress) -> None:
 
 
 def finish(run: Run, progress: Progress) -> Network:
-    """The network with which the current step ends, on the host or on the devices."""
+    """The network with which the current step ends, on the host or on the devices.
+
+    Raises:
+      UserError: it is none that can go on, or another model after the base step, which
+        runs of other methods take over.
+    """
     hook = _hook(run, "finish")
     if hook is None:
         return progress.state.network
     step = progress.step
     new = new_images(run.config, run.dataset, step)
-    return hook(_shown(run, progress, step, new, _FINISH))
+    shown = _shown(run, progress, step, new, _FINISH)
+    found = _called(run, "finish", hook, shown)
+    if step == 0 and not _same_model(shown.network, found):
+        raise UserError(
+            f"finish of the method {run.config.method} changes the model after the "
+            "base step, which other methods share: expected changes of what it has of "
+            "its own alone"
+        )
+    return found
+
+
+def _called(run: Run, name: str, hook: Callable, shown: methods.Step) -> Network:
+    """What the hook of a name makes of the network, in the same shapes and types.
+
+    Raises:
+      UserError: it is no such network, or not finite; names the hook and the array.
+    """
+    where = f"{name} of the method {run.config.method}"
+    found = hook(shown)
+    if not isinstance(found, Network):
+        kind = type(found).__name__
+        raise UserError(f"{where} gives {kind}: expected the Network")
+    was, now = _arrays(shown.network), _arrays(found)
+    if was.keys() != now.keys():
+        names = ", ".join(sorted(was.keys() ^ now.keys()))
+        raise UserError(f"{where} gives a network of other arrays: {names}")
+    for name, array in now.items():
+        if array.shape != was[name].shape:
+            raise UserError(
+                f"{where} gives {name} of shape {array.shape}: expected "
+                f"{was[name].shape}"
+            )
+        if not np.can_cast(array.dtype, was[name].dtype, "same_kind"):
+            raise UserError(
+                f"{where} gives {name} of {array.dtype}: expected {was[name].dtype}"
+            )
+        if not np.isfinite(array).all():
+            raise UserError(f"{where} gives {name} that is not finite")
+    return jax.tree.map(
+        lambda array, like: np.asarray(array, like.dtype), found, shown.network
+    )
+
+
+def _arrays(network: Network) -> dict[str, np.ndarray]:
+    """The arrays of a network by name."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(network)
+    }
+
+
+def _same_model(one: Network, other: Network) -> bool:
+    """Whether two networks differ in no more than what is a method's own."""
+    models = (
+        ({k: v for k, v in n.params.items() if k != OWN}, n.batch_stats)
+        for n in (one, other)
+    )
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, *models)))
 
 
 def select_exemplars(run: Run, progress: Progress) -> None:

@@ -11,7 +11,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from bsce_jax import methods, models, scenario
-from bsce_jax.compute import graphs, optim, parallel, steps, updates
+from bsce_jax.compute import graphs, inference, optim, parallel, steps, updates
 from bsce_jax.compute.state import OWN, Array, Network, PyTree
 from bsce_jax.config import priors, terms
 from bsce_jax.data import augment
@@ -30,7 +30,7 @@ class Programs:
       updates: phase name -> see updates.make_train_update.
       meta_updates: phase name -> see updates.make_meta_update, of those phases in
         which alpha is learned.
-      evaluate, features: see steps.make_evaluate and make_features.
+      evaluate, features: see inference.make_evaluate and make_features.
       epoch_features: phase name -> see updates.make_epoch_features, of those phases
         whose images have companions.
       optimizer, alpha_optimizer: optax.
@@ -96,8 +96,8 @@ def build(
         model=model,
         updates=trained,
         meta_updates=meta_trained,
-        evaluate=shown(steps.make_evaluate(tested), "evaluate", 3, 4),
-        features=shown(steps.make_features(tested), "features", 4, 2),
+        evaluate=shown(inference.make_evaluate(tested), "evaluate", 3, 4),
+        features=shown(inference.make_features(tested), "features", 4, 2),
         epoch_features=companions,
         optimizer=tested.optimizer,
         alpha_optimizer=optim.alpha_optimizer(
@@ -125,7 +125,7 @@ def phase_program(config: ConfigDict, model: nn.Module, name: str) -> steps.Prog
         meta=_meta(config) if learns_alpha else None,
         frozen=frozenset(group for group, rate in phase.rate.items() if not rate),
         batch_norm=phase.batch_norm,
-        noise=optim.Noise(o.noise, o.noise_epochs) if o.noise else None,
+        noise=optim.Noise(o.noise, o.noise_epochs, config.short) if o.noise else None,
     )
 
 

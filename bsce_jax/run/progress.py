@@ -142,7 +142,7 @@ def restore(run: Run) -> Progress:
       UserError: the workdir belongs to another configuration, or to other data.
     """
     progress = initial(run)
-    _refuse_another(run)
+    refuse_another(run)
     target = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _arrays(progress)
     )
@@ -170,7 +170,7 @@ def restore(run: Run) -> Progress:
     return progress
 
 
-def _refuse_another(run: Run) -> None:
+def refuse_another(run: Run) -> None:
     """Compares configuration and data with those of the newest readable checkpoint.
 
     Raises:
@@ -215,9 +215,31 @@ def take_over(run: Run, progress: Progress) -> Progress:
     Raises:
       UserError: there is no finished base step, or it is not the same one.
     """
+    number = base_checkpoint(run)
+    folder = epath.Path(run.config.init_from) / store.FOLDER
+    target = {"state": _shared(run, progress.state)}
+    found = store.restore(folder, number, target, partial=True)
+    state = _merged(progress.state, found.arrays["state"])
+    return dataclasses.replace(
+        progress,
+        state=parallel.replicate(run.devices, state),
+        histories=_taken(run, _histories(found.meta)),
+    )
+
+
+def base_checkpoint(run: Run) -> int:
+    """The number of the checkpoint that config.init_from gives.
+
+    Raises:
+      UserError: as for `take_over`.
+    """
     where = f"config.init_from={run.config.init_from!r}"
     folder = epath.Path(run.config.init_from)
-    theirs = results.read(folder)
+    try:
+        theirs = results.read(folder)
+        number = finished_checkpoint(folder / store.FOLDER, 0)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if other := difference(theirs["data"], run.results["data"]):
         raise UserError(f"{where}: its data are others ({other})")
     if theirs["base_hash"] != run.results["base_hash"]:
@@ -225,18 +247,7 @@ def take_over(run: Run, progress: Progress) -> Progress:
         changed = differences(*of_base)
         changed = changed or "classes, terms, or a prior that weighs unequal classes"
         raise UserError(f"{where}: its base step is another one ({changed})")
-    found = store.restore(
-        folder / store.FOLDER,
-        finished_checkpoint(folder / store.FOLDER, 0),
-        {"state": _shared(run, progress.state)},
-        partial=True,
-    )
-    state = _merged(progress.state, found.arrays["state"])
-    return dataclasses.replace(
-        progress,
-        state=parallel.replicate(run.devices, state),
-        histories=_taken(run, _histories(found.meta)),
-    )
+    return number
 
 
 def _taken(run: Run, histories: Mapping[str, History]) -> dict[str, History]:

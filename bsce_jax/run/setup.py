@@ -22,6 +22,7 @@ from bsce_jax.run.loop import make_training
 from bsce_jax.run.monitor import Monitor
 from bsce_jax.run.phases import Phase, configured, phases_of, planned
 from bsce_jax.run.programs import Programs, build
+from bsce_jax.run.trial import check_losses
 from bsce_jax.telemetry import environment
 
 
@@ -99,6 +100,9 @@ def prepare(config: ConfigDict, workdir: epath.Path, parts: Parts | None = None)
       config: resolved configuration.
       workdir: folder of everything the run writes.
       parts: where data, programs and feeds come from, if they are not its own.
+
+    Raises:
+      UserError: bad input; the processes of the run differ.
     """
     parts = parts or Parts()
     devices = parallel.create(config.parallel)
@@ -118,12 +122,14 @@ def prepare(config: ConfigDict, workdir: epath.Path, parts: Parts | None = None)
         }
     )
     updates = [make_training(config, each).updates for each in planned(config, data)]
+    programs = parts.build(config, devices, data.num_classes)
+    check_losses(config, data, programs.model)
     return Run(
         config=config,
         workdir=workdir,
         dataset=data,
         phases=configured(config),
-        programs=parts.build(config, devices, data.num_classes),
+        programs=programs,
         train=parts.create(config, devices, data.train, data.image_shape),
         test=parts.create(config, devices, data.test, data.image_shape),
         results=found,
