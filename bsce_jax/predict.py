@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0, or 2 after a mistake; of several images all that can be read are predicted.
     """
-    given = _parser().parse_args(arguments)
+    given = _parser().parse_intermixed_args(arguments)
     try:
         predictor = load(given.workdir, given.step)
         if given.images:
@@ -212,9 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bsce_jax.predict", description=__doc__
-    )
+    parser = terminal.Arguments(prog="python -m bsce_jax.predict", description=__doc__)
     parser.add_argument("workdir", help="folder of a run")
     parser.add_argument(
         "images",

@@ -3,6 +3,7 @@
 Only the standard library: a command calls `start` before it imports what takes seconds.
 """
 
+import argparse
 import errno
 import logging
 import os
@@ -37,6 +38,14 @@ def start() -> None:
     os.environ.pop("MPLBACKEND", None)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, leave)
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse's parser, whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong and exits with status 2."""
+        self.exit(2, f"error: {printable(message)} (all arguments: --help)\n")
 
 
 class _OneLine(logging.Formatter):

@@ -98,6 +98,10 @@ def test_a_run_in_two_rows_is_drawn_once() -> None:
         ({"cells": [{"row": "a"}]}, "has no 'table'"),
         ({"cells": [cell("table1/a/five", [{"workdir": "x"}])]}, "has no 'status'"),
         ({"cells": [3]}, "not valid"),
+        (
+            {"cells": [cell("table1/a/five", [{"workdir": 3, "status": "done"}])]},
+            "not valid: workdir and status: expected text",
+        ),
         ({"cells": [cell("table9/a/five")]}, "table9/a/five is not in the paper"),
         ({"cells": [cell("table1/z/five")]}, "table1/z/five is not in the paper"),
     ],

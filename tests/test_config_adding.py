@@ -288,9 +288,10 @@ def test_the_documented_data_set_is_prepared_and_loads(tmp_path, monkeypatch, ca
 
 def test_the_documented_network_keeps_the_contract():
     code, branch, known = examples("A network")
-    create = "def create(name, num_classes, width, head, dtype, conv_chunks):\n"
+    create = "def create(name, num_classes, width, head, dtype, conv_chunks, "
+    create += "proxies=10, auxiliary=0, kernel_scales=False):\n"
     module = types.SimpleNamespace(**run_code(code))
-    scope = {"convnet": module, "_dtype": models._dtype}
+    scope = {"convnet": module, "_dtype": models._dtype, "UserError": UserError}
     exec(create + branch, scope)
     exec("def check_name(name):\n" + known, scope)
     assert scope["check_name"]("convnet") == ("convnet", 0)
@@ -298,6 +299,10 @@ def test_the_documented_network_keeps_the_contract():
         models.check_name("convnet")  # a name has to be known there too
     network = scope["create"]("convnet", 7, 4, "linear", "float32", 2)
     assert network == module.ConvNet(7, 4, dtype=jnp.dtype("float32"), conv_chunks=2)
+    proxied = scope["create"]("convnet", 7, 4, "x", "float32", 2, proxies=3)
+    assert proxied.proxies == 3
+    with pytest.raises(UserError, match="neither auxiliary nor kernel_scales"):
+        scope["create"]("convnet", 7, 4, "linear", "float32", 2, auxiliary=4)
     images = np.random.default_rng(0).normal(size=(5, 8, 8, 1)).astype(np.float32)
     variables = jax.jit(functools.partial(network.init, train=False))(
         jax.random.key(0), images

@@ -29,7 +29,8 @@ def table(header: str) -> list[list[str]]:
 
 def test_the_readme_and_the_list_have_every_method():
     rows = {row[0].strip("`"): row[1:] for row in table(METHODS)}
-    assert rows.keys() == set(methods.names())
+    described = {n for n in methods.names() if hasattr(methods.module(n), "ABOUT")}
+    assert rows.keys() == described  # one of somebody's own needs no row
     lines = asked("method")
     for name, (head, losses, besides, source) in rows.items():
         about = methods.about(name)
@@ -40,7 +41,8 @@ def test_the_readme_and_the_list_have_every_method():
             about.source,
         )
         assert any(line.startswith(f"  {name} ") for line in lines)
-    assert sum(line.startswith("  ") and line[2] != " " for line in lines) == len(rows)
+    listed = sum(line.startswith("  ") and line[2] != " " for line in lines)
+    assert listed == len(methods.names())
 
 
 METHODS = "| method | head | losses | besides | source |"

@@ -114,9 +114,14 @@ def test_a_phase_may_be_left_out_only_with_its_section():
     [
         (["--config.phase.base.epoch=3"], "unknown config field"),
         (["--config.phase.other.epochs=3"], "unknown config field"),
-        (["--config.phase.base.epochs=1e2"], "config.phase.base.epochs=1e2"),
-        (["--config.epsilon=x"], "config.epsilon=x"),
+        (
+            ["--config.phase.base.epochs=1e2"],
+            "config.phase.base.epochs=1e2: expected int",
+        ),
+        (["--config.epsilon=x"], "config.epsilon=x: expected float"),
+        (["--config.data.flip=maybe"], "config.data.flip=maybe: expected bool"),
         (["--wordkir=x"], "wordkir"),
+        (["--process_id=x"], "--process_id=x: expected integer"),
         (["more"], "unexpected argument 'more': expected --config.field=x"),
     ],
 )

@@ -120,6 +120,29 @@ def test_digits_are_prepared(
     with pytest.raises(SystemExit) as status:
         prepare.main(["digits", "--archive", "x"])
     assert status.value.code == 2
+    said = capsys.readouterr().err  # one line, without argparse's usage
+    assert (
+        said == "error: unrecognized arguments: --archive x (all arguments: --help)\n"
+    )
+
+
+def test_a_folder_that_is_no_data_set_is_not_taken_for_one(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, version in (("digits", "1.0.0"), ("cifar100", "3.0.2")):
+        folder = tmp_path / name / version
+        folder.mkdir(parents=True)
+        assert prepare.main([name, "--data_dir", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert said == (
+            f"error: {folder} is there without a dataset_info.json: remove it\n"
+        )
+        assert not list(folder.iterdir())
+
+
+def test_no_folder_of_images_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert prepare.main(["image_folder", "--name", "x", "--train", ""]) == 2
+    assert "--train='': expected a folder of class" in capsys.readouterr().err
 
 
 def test_what_is_there_is_said_to_be(

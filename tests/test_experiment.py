@@ -272,15 +272,26 @@ def test_many_files_are_predicted_in_batches(balanced, folder, capsys, monkeypat
     for path, image in zip(paths, pixels, strict=True):
         Image.fromarray(image).save(path)
     predictor, sizes = runs.load(balanced), []
+    named: list[int] = []
 
     def counted(images):
         sizes.append(len(images))
         return predictor.predict(images)
 
-    monkeypatch.setattr(predict, "load", lambda *_: predictor._replace(predict=counted))
+    def load(workdir, step):
+        named.append(step)
+        return predictor._replace(predict=counted)
+
+    monkeypatch.setattr(predict, "load", load)
     files = [paths[i % 3 == 0] for i in range(130)]
     assert predict.main([str(balanced), *files]) == 0
-    assert sizes == [64, 64, 2]
+    assert sizes == [64, 64, 2] and named == [-1]
+    # Flags may stand anywhere.
+    assert predict.main([str(balanced), "--step", "1", paths[0]]) == 0
+    assert predict.main([str(balanced), paths[0], "--step", "1"]) == 0
+    assert named == [-1, 1, 1]
+    capsys.readouterr()
+    assert predict.main([str(balanced), *files]) == 0
     _, *lines = capsys.readouterr().out.splitlines()
     names = predictor(pixels[..., None]).names
     expected = [[file, names[paths.index(file)]] for file in files]

@@ -233,6 +233,7 @@ def test_bfloat16_compute_keeps_float32_state_and_outputs():
     [
         ({"name": "resnet33"}, ["model='resnet33'", "resnet32", "resnet18"]),
         ({"name": "resnet2"}, ["model='resnet2'", "resnet8"]),
+        ({"name": "resnet1208"}, ["model='resnet1208'", "resnet8"]),
         ({"name": "podnet8"}, ["model='podnet8'", "podnet18", "podnet<6n+2>"]),
         ({"name": "podnet34"}, ["model='podnet34'", "podnet14"]),
         ({"name": "podnet"}, ["model='podnet'", "podnet32"]),

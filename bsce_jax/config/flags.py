@@ -2,13 +2,14 @@
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bsce_jax.config import choices, page, terms
+from bsce_jax.config import choices, declare, page, terms
 from bsce_jax.config.files import (
     ARGUMENT_FIELDS,
     READ_BY,
@@ -86,7 +87,8 @@ def parse(argv: Sequence[str]) -> Any:
             define(name, default, text, flag_values=values)
         rest = values(arguments)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(_one_line(error)) from None
+        text = _one_line(error)
+        raise _value_error(config, text) or UserError(text) from None
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}: expected --config.field=x")
     _check(values)
@@ -205,6 +207,21 @@ def _check(values: Any) -> None:
     for name, (holds, allowed) in expected.items():
         if not holds:
             raise UserError(f"--{name}={getattr(values, name)}: expected {allowed}")
+
+
+def _value_error(config: ConfigDict, text: str) -> UserError | None:
+    """What is expected in the place of a value that the flags' library refuses."""
+    match = re.match(r"flag --([\w.]+)=(.*?): ", text)
+    if match is None:
+        return None
+    name, value = match.groups()
+    if not name.startswith(_PREFIX):
+        kinds = {flag: kind for kind, flag, _, _ in FLAGS}
+        return UserError(f"--{name}={value}: expected {kinds[name]}")
+    default: Any = config
+    for part in name.removeprefix(_PREFIX).split("."):
+        default = default[part]
+    return UserError(f"{name}={value}: expected {declare.kind(default)}")
 
 
 def _one_line(error: Exception) -> str:

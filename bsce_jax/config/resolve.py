@@ -135,6 +135,9 @@ def _check_together(config: ConfigDict) -> None:
     if len(data.mean) != len(data.std):
         allowed = f"as many numbers as config.data.mean={data.mean!r}"
         raise field_error("data.std", data.std, allowed)
+    if ".." in config.name.split("/"):
+        allowed = "no '..' between slashes, which leaves the folder of the runs"
+        raise field_error("name", config.name, allowed)
     models.check_name(config.model.name, "config.model.name")
     if not _DATA_NAME.fullmatch(data.name) or ".." in data.name:
         allowed = "a tfds name such as cifar100, name/config or name:1.2.3"

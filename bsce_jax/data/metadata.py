@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +42,20 @@ def open_version(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"metadata in {folder} are damaged: {reason}") from None
     return builder
+
+
+def is_prepared(folder: pathlib.Path) -> bool:
+    """Whether a local folder is a version of a data set.
+
+    Raises:
+      UserError: it is there but is none.
+      OSError: no such path can be.
+    """
+    if (folder / INFO).is_file():
+        return True
+    if folder.exists():
+        raise UserError(f"{folder} is there without a {INFO}: remove it")
+    return False
 
 
 def _check_features(path: epath.Path) -> None:

@@ -32,7 +32,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bsce_jax.data import source
+from bsce_jax.data import metadata, source
 from bsce_jax.data.builders import cifar100, digits, image_folder
 from bsce_jax.errors import UserError
 
@@ -55,7 +55,7 @@ def prepare_cifar100(
     """
     root = source.root(data_dir)
     folder = root / "cifar100" / str(cifar100.Cifar100.VERSION)
-    if folder.is_dir():
+    if metadata.is_prepared(folder):
         return folder
     size, sha256 = cifar100.official()
     with tempfile.TemporaryDirectory() as scratch:
@@ -157,7 +157,7 @@ def _cleaning_up() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = terminal.Arguments(
         prog="python -m bsce_jax.data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -226,6 +226,8 @@ def _cifar100(options: argparse.Namespace) -> str:
 def _image_folder(options: argparse.Namespace) -> str:
     if options.test and options.test_fraction is not None:
         raise UserError("--test_fraction: not allowed beside --test")
+    if not options.train:
+        raise UserError("--train='': expected a folder of class folders")
     image_folder.check_name(options.name)
     root = source.root(options.data_dir)
 
@@ -257,7 +259,7 @@ def _prepared(
     """Prepares what is not there yet, and says so."""
     folder = root / name / str(version)
     try:
-        before = folder.is_dir()
+        before = metadata.is_prepared(folder)
     except OSError as error:  # no such path can be
         raise UserError(f"--data_dir={str(root)!r}: {error.strerror}") from error
     for path in sorted(root.glob(f".{glob.escape(name)}-*")):

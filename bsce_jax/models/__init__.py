@@ -94,11 +94,12 @@ def check_name(name: str, what: str = "model") -> tuple[str, int]:
     """
     match = re.fullmatch(r"(resnet|podnet)([1-9]\d{0,3})", name)
     family, depth = (match[1], int(match[2])) if match else ("", 0)
+    deepest = 1202  # of those that He et al. trained
     known = {
         "resnet": depth in resnet.STAGES or resnet_cifar.is_depth(depth),
         "podnet": podnet.is_depth(depth),
     }
-    if not known.get(family):
+    if depth > deepest or not known.get(family):
         raise UserError(
             f"{what}={name!r} is unknown; allowed: resnet18, resnet34, resnet<6n+2> "
             "such as resnet8 or resnet32, podnet18, podnet<6n+2> such as podnet14 or "

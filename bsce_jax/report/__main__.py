@@ -1,6 +1,5 @@
 """Tables and figures of runs: python -m bsce_jax.report WORKDIR... [--output DIR]."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from bsce_jax.report import results, tables
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status, 2 after a user's error."""
-    parser = argparse.ArgumentParser(
+    parser = terminal.Arguments(
         prog="python -m bsce_jax.report",
         description="Prints a table of runs and draws accuracy curves, confusion "
         "matrices and, where it was learned, alpha. Runs of one name are averaged.",

@@ -150,7 +150,10 @@ def workdirs(manifest: Mapping[str, Any]) -> dict[str, str]:
         for cell in manifest["cells"]:
             if not all(isinstance(cell[k], str) for k in ("table", "row", "column")):
                 raise TypeError("table, row and column: expected text")
-            found |= {run["workdir"]: run["status"] for run in cell["runs"]}
+            for run in cell["runs"]:
+                if not all(isinstance(run[k], str) for k in ("workdir", "status")):
+                    raise TypeError("workdir and status: expected text")
+                found[run["workdir"]] = run["status"]
     except KeyError as error:
         raise UserError(f"manifest: a cell or a run has no {error}") from None
     except TypeError as error:

@@ -6,7 +6,6 @@ reads DIR/manifest.json and the results of its runs and writes DIR/report.html, 
 needs no other file and no network, DIR/report.md and DIR/report.csv.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -32,7 +31,7 @@ class Page(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status, 2 after a user's error."""
-    parser = argparse.ArgumentParser(
+    parser = terminal.Arguments(
         prog="python -m bsce_jax.report.page",
         description="Writes report.html, report.md and report.csv of a reproduction.",
     )

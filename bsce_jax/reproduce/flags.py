@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from bsce_jax import terminal
 from bsce_jax.reproduce import in_process, runner
 
 # Fields that the runner sets itself, and what to give in their place.
@@ -27,7 +28,7 @@ while runs end, and at the end."""
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the flags; unknown ones must be overrides, --config.field=value."""
-    parser = argparse.ArgumentParser(
+    parser = terminal.Arguments(
         prog="python -m bsce_jax.reproduce",
         description="Runs the tables and figures of the paper.",
         epilog=EPILOG,

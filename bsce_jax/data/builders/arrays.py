@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bsce_jax import terminal
-from bsce_jax.data import records
+from bsce_jax.data import metadata, records
 from bsce_jax.errors import UserError
 
 
@@ -93,10 +93,10 @@ def publish(
         in it.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the folder cannot be written, or is there and no data set.
     """
     folder = root / name / version
-    if folder.is_dir():
+    if metadata.is_prepared(folder):
         return folder
     try:
         root.mkdir(parents=True, exist_ok=True)
