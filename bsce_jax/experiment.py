@@ -130,8 +130,10 @@ def _steps(run: Run, stop: StopSignal, after_step: Callable[[], None] | None) ->
     run.monitor.start(progress.before + progress.updates)
     for step in range(progress.step + progress.finished, len(run.dataset.groups)):
         if step > progress.step:
+            run.monitor.begin_step()
             progress = begin(run, progress, step)
-        run.monitor.begin_step(progress.seconds)
+        else:
+            run.monitor.begin_step(progress.seconds)
         for phase in left(run, progress):
             train(run, progress, phase, stop)
         stop_if_asked(run, progress, stop)

@@ -28,7 +28,7 @@ from tests.example_results import make_results
 
 def job(name: str, base: str) -> Job:
     fields = {name: False for name in in_process._OF_PROCESS}
-    config = fields | {"scenario.steps": 2}
+    config = fields | {"scenario.steps": 2, "scenario.base_classes": 5 * (name != "e0")}
     return dataclasses.replace(example_jobs.fake(name, base), config=config)
 
 
@@ -105,6 +105,8 @@ def test_a_failed_run_is_named_and_the_others_go_on(rows):
         "a0: failed, 0 of 3 steps finished",
         "a1: failed, 0 of 3 steps finished",
     ]
+    made, _, _ = rows(job("e0", "e"))  # two equal steps, without a larger base step
+    assert made.left() == ["e0: to do, 0 of 2 steps finished"]
 
 
 def test_at_the_deadline_a_run_is_asked_to_save_and_none_begins(rows, monkeypatch):

@@ -133,7 +133,8 @@ class Rows:
                 with contextlib.suppress(UserError):  # it has not finished any
                     folder = self._output / workdir(job.name)
                     steps = len(results.read(folder)["steps"])
-                of = job.config["scenario.steps"] + 1
+                has_base = job.config["scenario.base_classes"] > 0
+                of = job.config["scenario.steps"] + has_base
                 state = self.states[job.name]
                 lines.append(f"{job.name}: {state}, {steps} of {of} steps finished")
         return lines

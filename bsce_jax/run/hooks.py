@@ -16,7 +16,8 @@ from bsce_jax.run.progress import Progress
 from bsce_jax.run.quotas import exemplars_per_class
 from bsce_jax.run.setup import Run
 
-# Keep these streams of random numbers apart from the others.
+# Streams of random numbers of a step, apart from one another and from that of the
+# held-out images; epochs of these numbers order their images by the same.
 _EXEMPLARS, _NEW_ROWS, _FINISH, _ENTER = 2, 3, 4, 5
 
 

@@ -347,4 +347,4 @@ def planned(config: ConfigDict, dataset: Dataset) -> list[StepData]:
     ]
 
 
-_HELD_OUT = 1  # keeps this stream of random numbers apart from the epoch orders'
+_HELD_OUT = 1  # a stream of random numbers of a step; see those in `run.hooks`
