@@ -166,6 +166,9 @@ def test_init_from_another_base_step_is_refused(config, folder, balanced, capsys
     overrides = (f"--config.init_from={balanced}", "--config.optim.weight_decay=0.1")
     line = failure(capsys, config, folder / "refused", *overrides)
     assert "config.init_from" in line and "weight_decay" in line
+    nowhere = f"--config.init_from={folder / 'nowhere'}"
+    line = failure(capsys, config, folder / "refused", nowhere)
+    assert f"config.init_from={str(folder / 'nowhere')!r}: " in line
 
 
 def test_a_workdir_of_another_configuration_is_refused(config, balanced, capsys):
@@ -387,6 +390,26 @@ def test_the_plan_is_printed_without_training(config, folder, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[3].split()[:6] == ["1", "incremental", "5", "20", "12", "3..8"]
     assert "ms: about" in lines[-1] and "MiB" in lines[-1]
+
+
+def test_a_plan_that_cannot_be_carried_out_is_refused(config, folder, balanced, capsys):
+    """As the run itself would be."""
+    plan = ("--config.print_plan", "--config.optim.weight_decay=0.1")
+    line = failure(capsys, config, balanced, *plan)
+    assert "another configuration" in line and "weight_decay" in line
+    line = failure(
+        capsys, config, folder / "planned", *plan, f"--config.init_from={balanced}"
+    )
+    assert "config.init_from" in line and "weight_decay" in line
+
+
+def test_a_plan_counts_the_exemplars_that_every_batch_replays(config, folder, capsys):
+    replay = ("--config.print_plan", "--config.phase.incremental.replay=4")
+    runs.here(config, folder / "replay", *replay)
+    lines = capsys.readouterr().out.splitlines()
+    # 8 new images of a class and 12 exemplars, as without replay.
+    assert lines[3].split()[:6] == ["1", "incremental", "5", "20", "12", "3..8"]
+    assert "updates of 16 or 20 images" in lines[-1]
 
 
 @pytest.mark.parametrize(
