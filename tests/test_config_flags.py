@@ -75,13 +75,24 @@ def test_overrides_of_a_term_and_of_several_fields():
     [("squared", "True", True), ("factor", "0.5", 0.5), ("temperature", "3", 3.0)],
 )
 def test_an_option_that_the_file_leaves_at_its_default_may_be_given(
-    option, text, value
+    option, text, value, tmp_path
 ):
     eeil = f"{DIGITS}:method=eeil"
     assert given(eeil).get("terms.taskwise_kd.factor") is None
     name = f"terms.taskwise_kd.{option}"
     found = given(eeil, f"--config.{name}={text}")[name]
     assert found == value and type(found) is type(value)
+    path = tmp_path / "own.py"
+    path.write_text(
+        "from bsce_jax.config import default_config\n\n\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.terms.bogus = {'weight': 1.0}\n"
+        "    return config\n"
+    )
+    own = parse(["main", f"--config={path}", "--config.terms.bogus.weight=2.0"])
+    with pytest.raises(UserError, match="config.terms.bogus is unknown; losses: "):
+        resolve(own.config)
     with pytest.raises(UserError, match="temperatur is an unknown config field"):
         parse(["main", eeil, "--config.terms.taskwise_kd.temperatur=2"])
 

@@ -211,10 +211,11 @@ def _values(
             student, teacher, batch, context, **term.options
         )
     except KeyError as error:
-        (missing,) = error.args
-        if missing in student and (teacher is None or missing in teacher):
-            raise
-        known = ", ".join(sorted(student))
+        missing = error.args[0] if error.args else None
+        found = student if missing not in student else teacher or student
+        if missing in found:
+            raise  # a mistake of another kind
+        known = ", ".join(sorted(found))
         raise UserError(
             f"{where} needs the output {missing!r}, but there are only {known}"
         ) from error

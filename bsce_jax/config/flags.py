@@ -132,6 +132,8 @@ def _add_term_option(config: ConfigDict, argument: str) -> None:
     used = config.get(section) if section == "terms" else None
     if not isinstance(used, ConfigDict) or not isinstance(used.get(term), ConfigDict):
         return
+    if term not in terms.names():
+        return  # which is said when the configuration is checked
     known = {"factor": 1.0, **terms.known_options(term)}
     if option in known and option not in used[term]:
         with config.unlocked():

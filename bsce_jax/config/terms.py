@@ -30,6 +30,11 @@ _NOT_OPTIONS = ("weight", "factor")
 RESCALING = ("rescale", "normalised")
 
 
+def names() -> list[str]:
+    """All loss terms."""
+    return sorted(found.name for found in pkgutil.iter_modules(losses.__path__))
+
+
 def module(name: str) -> ModuleType:
     """The module of a loss term, from `bsce_jax.losses`."""
     return importlib.import_module(f"{losses.__name__}.{name}")
@@ -181,12 +186,10 @@ def check(terms: Any) -> None:
     """
     if not isinstance(terms, ConfigDict) or not terms:
         raise field_error("terms", terms, "a section of loss terms, at least one")
-    known = sorted(found.name for found in pkgutil.iter_modules(losses.__path__))
     for name, term in terms.items():
-        if name not in known:
-            raise UserError(
-                f"config.terms.{name} is unknown; losses: {', '.join(known)}"
-            )
+        if name not in names():
+            known = ", ".join(names())
+            raise UserError(f"config.terms.{name} is unknown; losses: {known}")
         if not callable(getattr(module(name), "term", None)):
             raise UserError(
                 f"config.terms.{name}: expected a function `term` in "
