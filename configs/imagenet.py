@@ -17,7 +17,7 @@ of the host. Expected average incremental accuracy (Jodelet et al., Tables 1 and
                   10     62.87  68.65             37.22           54.62     67.38
 
 base_classes=0,steps=10 is Table 2: 10 groups of 100 classes and a fixed memory of
-20,000 exemplars in all. Expected average top-1 / top-5:
+20,000 exemplars in all, whatever `memory` is above 0. Expected average top-1 / top-5:
 
     il_baseline   none 46.65 / 68.74   balanced 64.15 / 85.65   meta 63.57 / 85.43
     lucir         none 60.40 / 82.31   balanced 60.75 / 84.31

@@ -172,6 +172,25 @@ def test_parts_of_one_split_may_be_learned_and_tested(marked):
     load(marked(**held, memory__per_class=2))  # which is not read then
 
 
+def test_four_channels_are_not_streamed(tmp_path):
+    images = list(np.zeros((6, 4, 4, 4), np.uint8))
+    splits = {name: (images, [0, 1, 2] * 2) for name in ("train", "test")}
+    datasets.write(tmp_path, "four", splits)
+    values = {
+        "data__name": "four",
+        "data__data_dir": str(tmp_path),
+        "data__mean": (0.5,) * 4,
+        "data__std": (0.5,) * 4,
+        "data__image_size": 4,
+        "scenario__base_classes": 1,
+        "scenario__steps": 2,
+        "memory__per_class": 1,
+    }
+    assert load(config(**values)).image_shape == (4, 4, 4)
+    with pytest.raises(UserError, match="loading='streaming': expected resident for "):
+        load(config(**values, data__loading="streaming"))
+
+
 def test_a_class_order_by_name(marked):
     expected = np.random.RandomState(1993).permutation(6)
     found = class_order(marked(scenario__class_order="seed1993"), 6)

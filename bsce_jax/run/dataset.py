@@ -296,6 +296,9 @@ def check(config: ConfigDict, dataset: Dataset) -> None:
             f"config.data.mean={config.data.mean!r}: expected {channels} numbers, one "
             f"a channel of {config.data.name}"
         )
+    if config.data.loading == "streaming" and channels not in (1, 3):
+        allowed = f"resident for images of {channels} channels"
+        raise field_error("data.loading", "streaming", allowed)
     images = dataset.images_per_class
     field = "per_class" if config.memory.kind == "growing" else "budget"
     with named_section("memory"):
