@@ -9,6 +9,7 @@ from bsce_jax.config import terms
 from bsce_jax.config.fields import phase
 from bsce_jax.errors import UserError
 from bsce_jax.run import trial
+from bsce_jax.run.phases import planned
 from tests import phase_example
 from tests.tiny import TinyNet
 
@@ -25,7 +26,8 @@ def check(monkeypatch, term=None, name="kd", **values):
     """Of the defaults with IL-Baseline's terms, one of them in another way."""
     if term is not None:
         monkeypatch.setattr(terms.module(name), "term", term)
-    trial.check_losses(config(**values), DATA, TinyNet(6))
+    chosen = config(**values)
+    trial.check_losses(chosen, DATA, TinyNet(6), planned(chosen, DATA))
 
 
 @pytest.mark.parametrize(

@@ -218,8 +218,8 @@ def _value_error(config: ConfigDict, text: str) -> UserError | None:
         return None
     name, value = match.groups()
     if not name.startswith(_PREFIX):
-        kinds = {flag: kind for kind, flag, _, _ in FLAGS}
-        return UserError(f"--{name}={value}: expected {kinds[name]}")
+        kinds = [kind for kind, flag, _, _ in FLAGS if flag == name]
+        return UserError(f"--{name}={value}: expected {kinds[0]}") if kinds else None
     default: Any = config
     for part in name.removeprefix(_PREFIX).split("."):
         default = default[part]

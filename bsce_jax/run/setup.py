@@ -121,9 +121,10 @@ def prepare(config: ConfigDict, workdir: epath.Path, parts: Parts | None = None)
             "version of a package": environment.versions(),
         }
     )
-    updates = [make_training(config, each).updates for each in planned(config, data)]
+    plan = planned(config, data)
+    updates = [make_training(config, each).updates for each in plan]
     programs = parts.build(config, devices, data.num_classes)
-    check_losses(config, data, programs.model)
+    check_losses(config, data, programs.model, plan)
     return Run(
         config=config,
         workdir=workdir,
