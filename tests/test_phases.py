@@ -241,7 +241,6 @@ def test_a_phase_has_the_fields_of_its_section():
         "epochs": 3,
         "by_step": "1/step",
         "sampling": "class",
-        "replay": 2,
         "teacher": "now",
         "rows": "new",
         "optimizer": "kept",

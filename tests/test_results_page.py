@@ -37,10 +37,14 @@ RAW = {
             "with memory: IL-Baseline + memory oversampling": (
                 "il_baseline-oversampling"
             ),
+            "with memory: IL-Baseline + loss rescaling (2)": "il_baseline-rescaling",
             "with memory: LUCIR": "lucir-none",
             "with memory: LUCIR + BalancedS-CE": "lucir-balanced",
             "with memory: PODNet": "podnet-none",
             "with memory: PODNet + BalancedS-CE": "podnet-balanced",
+            "with memory: iCaRL (2)": "icarl",
+            "without memory: NCM (2)": "ncm-nomemory",
+            "without memory: SLDA (2)": "slda-nomemory",
             "without memory: LUCIR": "lucir-none-nomemory",
             "without memory: LUCIR + BalancedS-CE": "lucir-balanced-nomemory",
             "without memory: LUCIR + Relaxed, epsilon 0.2 %": "lucir-relaxed-nomemory",
