@@ -29,15 +29,15 @@ WITHOUT_MEMORY = ("ncm", "slda", "spb", "spb_i", "spb_m")
 EVERY_UPDATE = ("--config.checkpoint.minutes=0", "--config.checkpoint.keep=1000")
 
 
-SLOW = ("podnet_dde",)  # LUCIR has the same second stream in the first stage
+# Their whole runs are slow checks; their losses and phases have fast ones elsewhere.
+SLOW = ("eeil", "spb_i", "spb_m", "lucir_dde", "podnet_dde", "mnemonics")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in PHASES
-    ],
-)
+def marked(*methods):
+    return [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in methods]
+
+
+@pytest.fixture(scope="module", params=marked(*PHASES))
 def method(request):
     return request.param
 
@@ -118,7 +118,7 @@ def cut_and_compare(method, config, workdir):
 
 
 def only(*methods):
-    return pytest.mark.parametrize("method", methods, indirect=True)
+    return pytest.mark.parametrize("method", marked(*methods), indirect=True)
 
 
 @pytest.mark.slow
