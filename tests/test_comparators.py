@@ -149,9 +149,7 @@ def test_a_run_from_a_base_step_that_is_there_ends_as_one_of_its_own(
     assert "base_update" not in compiled
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
-def test_eight_devices_train_as_one(method, config, workdir, mode):
+def eight_devices_train_as_one(method, config, workdir, mode):
     """Batches of 16 rows, the last of an epoch partial; float32."""
     copy = config.parent / mode
     runs.here(config, copy, *overrides(method), f"--config.parallel={mode}", devices=8)
@@ -165,6 +163,18 @@ def test_eight_devices_train_as_one(method, config, workdir, mode):
             assert a["result"]["own"][name] == pytest.approx(value, rel=1e-2, abs=1e-3)
 
 
+@pytest.mark.slow
+def test_eight_devices_of_pmap_train_as_one(method, config, workdir):
+    eight_devices_train_as_one(method, config, workdir, "pmap")
+
+
+@pytest.mark.slow
+@only("bic", "lucir_dde", "mnemonics")
+def test_eight_devices_of_jit_train_as_one(method, config, workdir):
+    """Its collectives are the compiler's: what is the method's own does not add any."""
+    eight_devices_train_as_one(method, config, workdir, "jit")
+
+
 STREAMED = (
     "--config.data.loading=streaming",
     "--config.data.image_size=8",
@@ -173,8 +183,9 @@ STREAMED = (
 
 
 @pytest.mark.slow
-@only(*(name for name in PHASES if name != "mnemonics"))
+@only("ncm", "icarl", "eeil", "bic", "ss_il", "lucir_dde")
 def test_streamed_images_give_the_bits_of_resident_ones(method, config, workdir):
+    """Those whose batches differ: images held out, replayed, balanced, companions."""
     copy = config.parent / "streamed"
     runs.here(config, copy, *overrides(method), *STREAMED)
     ours, theirs = (
