@@ -38,6 +38,9 @@ RAW = {
                 "il_baseline-oversampling"
             ),
             "with memory: IL-Baseline + loss rescaling (2)": "il_baseline-rescaling",
+            "with memory: IL-Baseline + balanced fine-tuning (2)": (
+                "il_baseline-finetuning"
+            ),
             "with memory: LUCIR": "lucir-none",
             "with memory: LUCIR + BalancedS-CE": "lucir-balanced",
             "with memory: PODNet": "podnet-none",
