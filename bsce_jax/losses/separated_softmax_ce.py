@@ -4,14 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from bsce_jax.log_prior import EXCLUDED
-from bsce_jax.losses.softmax_ce import (
-    label_mask,
-    rescaled,
-    softmax_cross_entropy,
-)
+from bsce_jax.losses.columns_ce import columns_cross_entropy
+from bsce_jax.losses.softmax_ce import rescaled
 
 CLASSIFICATION = True
 """Another classification loss may take its place: see `config.terms.with_prior`."""
@@ -35,13 +30,8 @@ def separated_softmax_cross_entropy(
       ``[batch]``, computed in float32 (float64 where an input is). A label that is
       neither old nor new has value and gradient 0.
     """
-    is_label = label_mask(labels, logits.shape[1])
-    values = jnp.zeros((), jnp.float32)
-    for group in (old, new):
-        prior = jnp.where(group, 0.0, EXCLUDED)
-        within = jnp.any(is_label & group[None, :], axis=1)
-        values += jnp.where(within, softmax_cross_entropy(logits, labels, prior), 0.0)
-    return values
+    among_old = columns_cross_entropy(logits, labels, old)
+    return among_old + columns_cross_entropy(logits, labels, new)
 
 
 def term(

@@ -26,6 +26,16 @@ def configure(config: ConfigDict, dataset: str) -> None:
     del config.terms.softmax_ce
     if dataset == "imagenet_subset":
         config.terms.less_forget.factor = 5.0
+    add_neighbours(config, dataset)
+
+
+def add_neighbours(config: ConfigDict, dataset: str) -> None:
+    """Sets what DDE adds to its method's later phases: `configure` of both calls it.
+
+    Args:
+      config: changed in place.
+      dataset: see `configure`.
+    """
     later = config.phase.incremental
     later.forward, later.beside = "forward", "companions"
     later.beside_size = NEIGHBOURS.get(dataset, 10)

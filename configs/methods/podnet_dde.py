@@ -9,9 +9,6 @@ from ml_collections import ConfigDict
 
 from bsce_jax.config import method_module
 
-NEIGHBOURS = {"imagenet": 1}  # 10 elsewhere
-POOL = 10_000  # images of an epoch that may be neighbours, with over 500 classes
-
 
 def configure(config: ConfigDict, dataset: str) -> None:
     """Sets the network, losses and training of a data set.
@@ -24,8 +21,4 @@ def configure(config: ConfigDict, dataset: str) -> None:
     config.method = "podnet_dde"
     del config.terms.nca
     config.terms.dde_ce = ConfigDict({"weight": 1.0, "rescale": False})
-    later = config.phase.incremental
-    later.forward, later.beside = "forward", "companions"
-    later.beside_size = NEIGHBOURS.get(dataset, 10)
-    config.options.pool = POOL if dataset == "imagenet" else 0
-    config.phase.finetune.forward = "forward"
+    method_module(__file__, "lucir_dde").add_neighbours(config, dataset)
