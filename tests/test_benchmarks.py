@@ -50,9 +50,35 @@ def run(script: str, *flags: str, reduced: bool = True) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def gpu_output(tmp_path_factory):
+    """The folder of gpu.py, which runs graphs.py, speed.py and meta_gradient.py."""
+    output = tmp_path_factory.mktemp("gpu")
+    flags = ["--dtypes=float32", "--updates_per_call=5", "--bandwidth=1"]
+    run("gpu.py", *flags, "--tflops", "float32=1", f"--output={output}")
+    return output
+
+
+def found_by(output: pathlib.Path, stage: str) -> dict:
+    """What the only task of a stage has written."""
+    (file,) = (output / "tasks").glob(f"{stage}-*.json")
+    return json.loads(file.read_text())
+
+
 @pytest.mark.slow
-def test_meta_gradient():
-    found = json.loads(run("meta_gradient.py"))
+def test_gpu_in_whole(gpu_output):
+    found = json.loads((gpu_output / "summary.json").read_text())["tasks"]
+    stages = {task["stage"] for task in found.values()}
+    assert stages == {"runs", "graphs", "speed", "meta"}
+    assert {task["status"] for task in found.values()} == {"done"}
+    runs = found["runs"]["result"].values()
+    assert len(runs) == 2 and {run["steps"] for run in runs} == {2}
+    assert "| done | 2 |" in (gpu_output / "summary.md").read_text()
+
+
+@pytest.mark.slow
+def test_meta_gradient(gpu_output):
+    found = found_by(gpu_output, "meta")
     assert found["environment"]["platform"] == "cpu"
     (result,) = found["results"]
     assert set(found["targets"]) <= set(result)
@@ -163,12 +189,8 @@ def test_what_speed_times(load, monkeypatch):
 
 
 @pytest.mark.slow
-def test_speed(load, tmp_path):
-    output, traces = tmp_path / "speed.json", tmp_path / "traces"
-    flags = ["--profile", str(traces), "--updates_per_call", "5"]
-    flags += ["--tflops", "float32=1", "--bandwidth", "1", "--output", str(output)]
-    run("speed.py", *flags)
-    results = json.loads(output.read_text())["results"]
+def test_speed(load, gpu_output):
+    results = found_by(gpu_output, "speed")["results"]
     lines = load("speed_table").markdown(results).splitlines()
     assert [line.count("|") for line in lines[:5]] == [14] * 5
     (result,) = results
@@ -188,7 +210,7 @@ def test_speed(load, tmp_path):
         assert none["epoch"]["ratio"]["loader"] > 0
     assert result["seconds_to_first_update"]["warm"] > 0
     profile = result["profile"]
-    assert len(profile["hottest"]) == 10 and list(traces.rglob("*.xplane.pb"))
+    assert len(profile["hottest"]) == 10 and list(gpu_output.rglob("*.xplane.pb"))
     assert profile["busy_ms"] > 0 and 0 <= profile["idle_percent"] < 100
     assert result["rounds"] == 2
 
@@ -390,13 +412,3 @@ def test_gpu_runs_with_something_left_are_not_done(gpu, monkeypatch, tmp_path):
         assert summary["tasks"]["runs"]["status"] == expected
     assert summary["tasks"]["runs"]["result"]["a"]["steps"] == 0
     assert "| a | to do |" in (tmp_path / "summary.md").read_text()
-
-
-@pytest.mark.slow
-def test_gpu_in_whole(tmp_path):
-    run("gpu.py", f"--output={tmp_path}")
-    found = json.loads((tmp_path / "summary.json").read_text())["tasks"]
-    assert {task["status"] for task in found.values()} == {"done"}
-    runs = found["runs"]["result"].values()
-    assert len(runs) == 2 and {run["steps"] for run in runs} == {2}
-    assert "| done | 2 |" in (tmp_path / "summary.md").read_text()

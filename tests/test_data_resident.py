@@ -165,9 +165,8 @@ HASHES = {
 def official_files(folder: pathlib.Path) -> dict[str, bytes]:
     """The binary files of CIFAR-100, from 30 x 20 mosaics of 600 images a class."""
     labels = np.load(folder / "labels.npz")
-    mosaics = [np.asarray(Image.open(p).convert("RGB")) for p in folder.glob("*.webp")]
-    assert len(mosaics) == 100
     paths = sorted(folder.glob("*.webp"))
+    assert len(paths) == 100
     tiles = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
     tiles = tiles.reshape(100, 20, 32, 30, 32, 3).transpose(0, 1, 3, 5, 2, 4)
     tiles = tiles.reshape(100, 600, -1)  # one byte plane a channel

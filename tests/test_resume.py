@@ -87,13 +87,8 @@ def kill_and_compare(config, undisturbed, name, kills, seed):
     workdir = config.parent / name
     killed = sum(kill_at_random(config, workdir, rng) for _ in range(kills))
     runs.here(config, workdir, *PRIOR)
-    assert killed >= min(kills, 3)
+    assert killed >= kills - 1
     assert deterministic(workdir) == deterministic(undisturbed)
-
-
-@pytest.mark.slow
-def test_a_kill(config, undisturbed):
-    kill_and_compare(config, undisturbed, "one", 1, seed=time.time_ns())
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +112,6 @@ def test_a_kill_inside_the_fine_tuning(tuned):
     runs.here(tuned, workdir, *overrides)
     runs.here(tuned, whole, *overrides)
     assert deterministic(workdir) == deterministic(whole)
-
-
-@pytest.mark.slow
-def test_four_kills(config, undisturbed):
-    kill_and_compare(config, undisturbed, "four", 4, seed=time.time_ns())
 
 
 @pytest.mark.slow
