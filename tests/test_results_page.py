@@ -41,6 +41,9 @@ RAW = {
             "with memory: IL-Baseline + balanced fine-tuning (2)": (
                 "il_baseline-finetuning"
             ),
+            "with memory: IL-Baseline + separated softmax (3)": (
+                "il_baseline-separated"
+            ),
             "with memory: LUCIR": "lucir-none",
             "with memory: LUCIR + BalancedS-CE": "lucir-balanced",
             "with memory: PODNet": "podnet-none",
