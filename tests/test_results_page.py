@@ -41,6 +41,9 @@ RAW = {
             "with memory: IL-Baseline + balanced fine-tuning (2)": (
                 "il_baseline-finetuning"
             ),
+            "with memory: IL-Baseline + class oversampling (3)": (
+                "il_baseline-class_oversampling"
+            ),
             "with memory: IL-Baseline + separated softmax (3)": (
                 "il_baseline-separated"
             ),
