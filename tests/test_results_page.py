@@ -52,6 +52,7 @@ RAW = {
             "with memory: PODNet": "podnet-none",
             "with memory: PODNet + BalancedS-CE": "podnet-balanced",
             "with memory: iCaRL (2)": "icarl",
+            "with memory: BiC (3)": "bic",
             "without memory: NCM (2)": "ncm-nomemory",
             "without memory: SLDA (2)": "slda-nomemory",
             "without memory: LUCIR": "lucir-none-nomemory",
