@@ -53,6 +53,7 @@ RAW = {
             "with memory: PODNet + BalancedS-CE": "podnet-balanced",
             "with memory: iCaRL (2)": "icarl",
             "with memory: BiC (3)": "bic",
+            "without memory: SPB (3)": "spb-nomemory",
             "without memory: NCM (2)": "ncm-nomemory",
             "without memory: SLDA (2)": "slda-nomemory",
             "without memory: LUCIR": "lucir-none-nomemory",
