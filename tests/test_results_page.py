@@ -53,6 +53,7 @@ RAW = {
             "with memory: PODNet + BalancedS-CE": "podnet-balanced",
             "with memory: iCaRL (2)": "icarl",
             "with memory: BiC (3)": "bic",
+            "with memory: TPCIL-like (3)": "tpcil_like",
             "without memory: SPB (3)": "spb-nomemory",
             "without memory: NCM (2)": "ncm-nomemory",
             "without memory: SLDA (2)": "slda-nomemory",
