@@ -81,16 +81,6 @@ def kill_at_random(config, workdir, rng: random.Random) -> bool:
     return running
 
 
-def kill_and_compare(config, undisturbed, name, kills, seed):
-    print(f"seed {seed}")
-    rng = random.Random(seed)
-    workdir = config.parent / name
-    killed = sum(kill_at_random(config, workdir, rng) for _ in range(kills))
-    runs.here(config, workdir, *PRIOR)
-    assert killed >= kills - 1
-    assert deterministic(workdir) == deterministic(undisturbed)
-
-
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
     """A method with three phases."""
@@ -118,7 +108,14 @@ def test_a_kill_inside_the_fine_tuning(tuned):
 def test_twenty_kills(config, undisturbed):
     """Over several runs, since one is over after a few."""
     for part in range(5):
-        kill_and_compare(config, undisturbed, f"twenty{part}", 4, seed=time.time_ns())
+        seed = time.time_ns()
+        print(f"seed {seed}")
+        rng = random.Random(seed)
+        workdir = config.parent / f"twenty{part}"
+        killed = sum(kill_at_random(config, workdir, rng) for _ in range(4))
+        runs.here(config, workdir, *PRIOR)
+        assert killed >= 3
+        assert deterministic(workdir) == deterministic(undisturbed)
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def configure(config: ConfigDict, dataset: str) -> None:
 
 
 def add_neighbours(config: ConfigDict, dataset: str) -> None:
-    """Sets what DDE adds to its method's later phases: `configure` of both calls it.
+    """Sets what DDE adds to the later phases, LUCIR's or (podnet_dde.py) PODNet's.
 
     Args:
       config: changed in place.
